@@ -1,0 +1,80 @@
+"""Evaluation environments: Gymnasium's, wrapped to D4RL's protocol."""
+
+import contextlib
+import io
+import tempfile
+import warnings
+
+import gymnasium
+import numpy as np
+
+from common.tasks import Environment
+
+
+def make_gym_env(gym_id: str | gymnasium.envs.registration.EnvSpec, **kwargs) -> gymnasium.Env:
+    """`gymnasium.make`, with gymnasium-robotics registered, its notices hidden and its temporary files removed."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        import gymnasium_robotics
+
+        gymnasium.register_envs(gymnasium_robotics)
+        with tempfile.TemporaryDirectory() as folder:  # mazes write an XML file to the temporary folder and forget it
+            before, tempfile.tempdir = tempfile.tempdir, folder
+            try:
+                return gymnasium.make(gym_id, **kwargs)
+            finally:
+                tempfile.tempdir = before
+
+
+class StartAndGoal(gymnasium.Wrapper):
+    """Starts each episode in one cell of a maze with the goal in another; `centre` removes the goal's noise."""
+
+    def __init__(self, env, start, goal, centre: bool):
+        super().__init__(env)
+        self.options = {"reset_cell": np.array(start), "goal_cell": np.array(goal)}
+        self.centre = centre
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = self.env.reset(seed=seed, options=self.options)
+        if self.centre:
+            maze = self.env.unwrapped
+            maze.goal = maze.maze.cell_rowcol_to_xy(self.options["goal_cell"])
+            maze.update_target_site_pos()
+        return obs, info
+
+
+class TerminateBelow(gymnasium.Wrapper):
+    """Ends the episode when one coordinate of the observation falls below a threshold (the pen is dropped)."""
+
+    def __init__(self, env, coordinate: int, threshold: float):
+        super().__init__(env)
+        self.coordinate, self.threshold = coordinate, threshold
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, terminated or bool(obs[self.coordinate] < self.threshold), truncated, info
+
+
+def make_env(environment: Environment) -> gymnasium.Env:
+    """One evaluation environment that takes actions in [-1, 1] and returns flat observations."""
+    gym_id, kwargs = environment.gym_id, dict(environment.kwargs)
+    if gym_id.startswith("{"):
+        gym_id = gymnasium.envs.registration.EnvSpec.from_json(gym_id)
+    if environment.max_steps is not None:
+        kwargs["max_episode_steps"] = environment.max_steps
+    env = make_gym_env(gym_id, **kwargs)
+    if environment.cells is not None:
+        env = StartAndGoal(env, *environment.cells, centre=environment.fixed_goal)
+    if environment.drop_below is not None:
+        env = TerminateBelow(env, *environment.drop_below)
+    if isinstance(env.observation_space, gymnasium.spaces.Dict):
+        keys = environment.obs_keys or tuple(env.observation_space)
+        space = gymnasium.spaces.flatten_space(gymnasium.spaces.Tuple([env.observation_space[key] for key in keys]))
+        env = gymnasium.wrappers.TransformObservation(
+            env, lambda obs: np.concatenate([np.ravel(obs[key]) for key in keys]), space
+        )
+    return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))

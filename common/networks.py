@@ -1,0 +1,124 @@
+"""The three networks of the EDP paper (Sec. 5): noise predictor, critic and value function.
+
+Modules act on one example; callers `jax.vmap` over the batch. Every leaf of a module is a trainable array (the
+activation is called in `__call__`, not stored), so plain jax.jit, grad, scan, vmap and Optax apply to modules as
+they are. Weights start as in `equinox.nn.Linear`: uniform in +-1/sqrt(fan_in).
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, Real
+
+HIDDEN_WIDTH = 256
+NUM_HIDDEN = 3
+EMBEDDING_DIM = 16
+
+
+@jax.custom_jvp
+def mish(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Mish (Misra 2019), x tanh(softplus(x)), with one exponential for both the value and the derivative.
+
+    With n = e^x: tanh(softplus(x)) = n (n + 2) / (n (n + 2) + 2).
+    """
+    return _mish_and_derivative(x)[0]
+
+
+@mish.defjvp
+def _mish_jvp(primals, tangents):
+    value, derivative = _mish_and_derivative(*primals)
+    return value, derivative * tangents[0]
+
+
+def _mish_and_derivative(x):
+    n = jnp.exp(jnp.minimum(x, 20.0))  # beyond 20, tanh(softplus(x)) is 1 in float32 and float64 alike
+    w = n * (n + 2)
+    reciprocal = 1 / (w + 2)
+    gate = w * reciprocal
+    return x * gate, gate + x * (4 * n * (n + 1)) * reciprocal * reciprocal
+
+
+class MLP(eqx.Module):
+    """Linear layers with Mish between them."""
+
+    layers: tuple[eqx.nn.Linear, ...]
+
+    def __init__(self, widths: tuple[int, ...], key: PRNGKeyArray):
+        keys = jax.random.split(key, len(widths) - 1)
+        self.layers = tuple(
+            eqx.nn.Linear(fan_in, fan_out, key=k) for fan_in, fan_out, k in zip(widths[:-1], widths[1:], keys)
+        )
+
+    def __call__(self, *parts: Float[Array, " part"]) -> Float[Array, " out"]:
+        """Maps the concatenation of `parts`.
+
+        Each part meets its own columns of the first weight, so that what is shared (the observation by all solver
+        calls, the time embedding by the batch) is multiplied once: the same sum, nothing stored twice.
+        """
+        first, *rest = self.layers
+        columns = jnp.split(first.weight, np.cumsum([len(part) for part in parts])[:-1], axis=1)
+        x = first.bias + sum(weight @ part for weight, part in zip(columns, parts))
+        for layer in rest:
+            x = layer(mish(x))
+        return x
+
+
+def time_embedding(k: Real[Array, ""] | float) -> Float[Array, " embedding"]:
+    """Sinusoidal embedding of the (possibly fractional) 0-based diffusion step: 8 cosines, then 8 sines."""
+    half = EMBEDDING_DIM // 2
+    angles = k * np.exp(-np.log(10_000) * np.arange(half) / half)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
+
+
+class NoisePredictor(eqx.Module):
+    """The diffusion policy, eps_theta(a^k, k; s)."""
+
+    time_mlp: MLP
+    mlp: MLP
+
+    def __init__(self, obs_dim: int, act_dim: int, key: PRNGKeyArray):
+        time_key, key = jax.random.split(key)
+        self.time_mlp = MLP((EMBEDDING_DIM, 2 * EMBEDDING_DIM, EMBEDDING_DIM), time_key)
+        self.mlp = MLP((obs_dim + act_dim + EMBEDDING_DIM, *[HIDDEN_WIDTH] * NUM_HIDDEN, act_dim), key)
+
+    def __call__(
+        self, obs: Float[Array, " obs_dim"], noisy_action: Float[Array, " act_dim"], k: Real[Array, ""] | float
+    ) -> Float[Array, " act_dim"]:
+        return self.mlp(obs, noisy_action, self.time_mlp(time_embedding(k)))
+
+
+class Critic(eqx.Module):
+    """Q_phi(s, a)."""
+
+    mlp: MLP
+
+    def __init__(self, obs_dim: int, act_dim: int, key: PRNGKeyArray):
+        self.mlp = MLP((obs_dim + act_dim, *[HIDDEN_WIDTH] * NUM_HIDDEN, 1), key)
+
+    def __call__(self, obs: Float[Array, " obs_dim"], action: Float[Array, " act_dim"]) -> Float[Array, ""]:
+        return self.mlp(obs, action)[0]
+
+
+class Value(eqx.Module):
+    """V_psi(s)."""
+
+    mlp: MLP
+
+    def __init__(self, obs_dim: int, key: PRNGKeyArray):
+        self.mlp = MLP((obs_dim, *[HIDDEN_WIDTH] * NUM_HIDDEN, 1), key)
+
+    def __call__(self, obs: Float[Array, " obs_dim"]) -> Float[Array, ""]:
+        return self.mlp(obs)[0]
+
+
+def init_twin_critics(obs_dim: int, act_dim: int, key: PRNGKeyArray) -> Critic:
+    """Two independent critics as one `Critic` whose every leaf has a leading axis of 2."""
+    return jax.vmap(lambda k: Critic(obs_dim, act_dim, k))(jax.random.split(key))
+
+
+def twin_q(
+    critics: Critic, obs: Float[Array, "batch obs_dim"], action: Float[Array, "batch act_dim"]
+) -> Float[Array, "2 batch"]:
+    """(Q_1, Q_2) of a batch."""
+    return jax.vmap(lambda critic: jax.vmap(critic)(obs, action))(critics)

@@ -1,0 +1,179 @@
+"""What is known of each task: its data, its evaluation protocol, its reference scores, its hyperparameters.
+
+One table, three levels: a *domain* (hyperparameters of the paper's Table 3 and Sec. 5), an *environment* (protocol and
+reference scores of D4RL), a *task* (an environment with its datasets, the unit that `--env-id` names).
+"""
+
+import dataclasses
+import difflib
+import json
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+RewardRule = Literal["none", "normalize", "cql_antmaze", "iql_antmaze", "iql_locomotion"]
+
+
+class Domain(NamedTuple):
+    """Defaults that the tasks of a domain share; fields are named as the flags they are the default of."""
+
+    name: str
+    learning_rate: float
+    eta: float  # "loss weight" in Table 3
+    num_updates: int
+    reward_rule: RewardRule
+    iql_reward_rule: RewardRule
+    expectile: float = 0.7
+    eval_every: int = 10_000
+    eval_episodes: int = 10
+
+
+LOCOMOTION = Domain("locomotion", 3e-4, 1.0, 2_000_000, "none", "iql_locomotion")
+ANTMAZE = Domain("antmaze", 3e-4, 1.0, 1_000_000, "cql_antmaze", "iql_antmaze", 0.9, eval_episodes=100)
+ADROIT = Domain("adroit", 3e-5, 0.1, 1_000_000, "normalize", "normalize")
+KITCHEN = Domain("kitchen", 3e-4, 0.005, 1_000_000, "normalize", "normalize")
+POINTMAZE = ANTMAZE._replace(name="pointmaze", num_updates=10_000, eval_every=2_000)
+OTHER = LOCOMOTION._replace(name="other", iql_reward_rule="none")
+
+
+class Environment(NamedTuple):
+    """An evaluation environment and D4RL's protocol for it."""
+
+    domain: Domain
+    gym_id: str  # or, for an environment outside the table, the JSON of its Gymnasium spec
+    max_steps: int | None = None  # None: as registered
+    reference: tuple[float, float] | None = None  # returns that score 0 and 100
+    kwargs: dict[str, Any] = {}
+    obs_keys: tuple[str, ...] = ()  # which parts of a dict observation the policy sees, in this order
+    cells: tuple[tuple[int, int], tuple[int, int]] | None = None  # start and goal of a maze, (row, column)
+    fixed_goal: bool = False  # the goal is its cell's centre, unseen by the policy; rewards of the data follow it
+    sparse: bool = False  # reward 1 is success, and ends the task
+    drop_below: tuple[int, float] | None = None  # the episode ends when this coordinate falls below this value
+    return_is_max: bool = False  # the data repeats its reward: an episode is worth its largest, not its sum
+
+
+def _maze(domain: Domain, name: str, max_steps: int, start: tuple[int, int], goal: tuple[int, int], **fields):
+    maze = Environment(domain, name, max_steps, (0.0, 1.0), {"continuing_task": False}, cells=(start, goal))
+    return maze._replace(sparse=True, return_is_max=True, **fields)
+
+
+def _antmaze(name: str, max_steps: int, start: tuple[int, int], goal: tuple[int, int]) -> Environment:
+    maze = _maze(ANTMAZE, f"AntMaze_{name}-v5", max_steps, start, goal)
+    kwargs = maze.kwargs | {"include_cfrc_ext_in_observation": False, "reset_target": False}
+    return maze._replace(kwargs=kwargs, obs_keys=("achieved_goal", "observation", "desired_goal"))
+
+
+def _pointmaze(name: str, max_steps: int, start: tuple[int, int], goal: tuple[int, int]) -> Environment:
+    return _maze(POINTMAZE, f"PointMaze_{name}-v3", max_steps, start, goal, obs_keys=("observation",), fixed_goal=True)
+
+
+# By the name in the Gymnasium id, without its version. Reference returns: D4RL's infos.py.
+ENVIRONMENTS = {
+    "HalfCheetah": Environment(LOCOMOTION, "HalfCheetah-v5", 1000, (-280.178953, 12135.0)),
+    "Hopper": Environment(LOCOMOTION, "Hopper-v5", 1000, (-20.272305, 3234.3)),
+    "Walker2d": Environment(LOCOMOTION, "Walker2d-v5", 1000, (1.629008, 4592.3)),
+    "AntMaze_UMaze": _antmaze("UMaze", 700, (3, 1), (1, 1)),
+    "AntMaze_Medium": _antmaze("Medium", 1000, (1, 1), (6, 6)),
+    "AntMaze_Large": _antmaze("Large", 1000, (1, 1), (7, 9)),
+    "AdroitHandPen": Environment(
+        ADROIT, "AdroitHandPen-v1", 100, (96.262799, 3076.8331017826877), drop_below=(26, 0.075)
+    ),
+    "AdroitHandDoor": Environment(ADROIT, "AdroitHandDoor-v1", 200, (-56.512833, 2880.5693087298737)),
+    "FrankaKitchen": Environment(
+        KITCHEN,
+        "FrankaKitchen-v1",
+        280,
+        (0.0, 4.0),
+        {"remove_task_when_completed": True, "terminate_on_tasks_completed": True},
+        obs_keys=("observation",),
+        return_is_max=True,
+    ),
+    "PointMaze_UMaze": _pointmaze("UMaze", 300, (3, 1), (1, 1)),
+    "PointMaze_Medium": _pointmaze("Medium", 600, (1, 1), (6, 6)),
+    "PointMaze_Large": _pointmaze("Large", 800, (1, 1), (7, 9)),
+}
+
+
+class Task(NamedTuple):
+    """A learning problem: one environment, and the Minari datasets (concatenated) to learn it from."""
+
+    env_id: str
+    environment: Environment
+    dataset_ids: tuple[str, ...]
+
+
+def _build_tasks() -> dict[str, Task]:
+    tasks = []
+    for robot in ("HalfCheetah", "Hopper", "Walker2d"):
+        for quality in ("medium", "medium-replay", "medium-expert"):
+            parts = ("medium", "expert") if quality == "medium-expert" else (quality,)
+            ids = tuple(f"mujoco/{robot.lower()}/{part}-v0" for part in parts)
+            tasks.append(Task(f"{robot.lower()}-{quality}", ENVIRONMENTS[robot], ids))
+    for name in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"):
+        size = {"umaze": "UMaze", "medium": "Medium", "large": "Large"}[name.split("-")[0]]
+        tasks.append(Task(f"antmaze-{name}", ENVIRONMENTS[f"AntMaze_{size}"], (f"D4RL/antmaze/{name}-v1",)))
+    for name in ("human", "cloned"):
+        tasks.append(Task(f"pen-{name}", ENVIRONMENTS["AdroitHandPen"], (f"D4RL/pen/{name}-v2",)))
+    for name, third in (("complete", "light switch"), ("partial", "light switch"), ("mixed", "bottom burner")):
+        goals = ["microwave", "kettle", third, "light switch" if name == "mixed" else "slide cabinet"]
+        kitchen = ENVIRONMENTS["FrankaKitchen"]
+        kitchen = kitchen._replace(kwargs=kitchen.kwargs | {"tasks_to_complete": goals})
+        tasks.append(Task(f"kitchen-{name}", kitchen, (f"D4RL/kitchen/{name}-v2",)))
+    for name in ("UMaze", "Medium", "Large"):
+        ids = (f"edp/pointmaze/{name.lower()}-v0",)
+        tasks.append(Task(f"pointmaze-{name.lower()}", ENVIRONMENTS[f"PointMaze_{name}"], ids))
+    return {task.env_id: task for task in tasks}
+
+
+TASKS = _build_tasks()
+
+
+def find_task(env_id: str) -> Task:
+    """The task that `--env-id` names. Exits with the nearest known names if there is none."""
+    if env_id in TASKS:
+        return TASKS[env_id]
+    nearest = difflib.get_close_matches(env_id.lower(), TASKS, n=3, cutoff=0.3) or ["pointmaze-umaze"]
+    raise SystemExit(
+        f"Unknown --env-id {env_id!r}: the nearest known ones are {', '.join(nearest)}; any Minari dataset can be used "
+        "with --dataset-id, for example --dataset-id D4RL/pen/expert-v2."
+    )
+
+
+def task_of_dataset(dataset_id: str, env_spec: str | None) -> Task:
+    """The task of any Minari dataset, from the JSON of the environment that its metadata names.
+
+    A known environment brings its protocol, whatever the dataset's id; another one is evaluated as it is registered.
+    Exits if the dataset names no environment.
+    """
+    name = dataset_id.replace("/", "-")
+    if not env_spec:
+        raise SystemExit(
+            f"Dataset {dataset_id} does not say which environment it was made in, so no policy can be evaluated."
+        )
+    spec = json.loads(env_spec)
+    known = next((e for key, e in ENVIRONMENTS.items() if spec["id"].rsplit("-", 1)[0].startswith(key)), None)
+    if known is None:
+        return Task(name, Environment(OTHER, env_spec), (dataset_id,))
+    if "tasks_to_complete" in spec["kwargs"]:  # kitchen: each dataset has its own four
+        known = known._replace(kwargs=known.kwargs | {"tasks_to_complete": spec["kwargs"]["tasks_to_complete"]})
+    return Task(name, known, (dataset_id,))
+
+
+def with_domain_defaults(args, domain: Domain, **renamed):
+    """`args` with every field that is None set to the domain's default; `renamed` replaces defaults.
+
+    A run shorter than the domain's evaluation interval is evaluated once, at its end.
+    """
+    defaults = domain._asdict() | renamed
+    if args.num_updates is not None:
+        defaults["eval_every"] = min(defaults["eval_every"], max(args.num_updates, 1))
+    unset = [field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None]
+    return dataclasses.replace(args, **{name: defaults[name] for name in unset if name in defaults})
+
+
+def normalized_score(environment: Environment, returns: np.ndarray) -> np.ndarray:
+    """D4RL's score, 100 (return - min) / (max - min); the return itself where there is no reference."""
+    if environment.reference is None:
+        return np.asarray(returns)
+    low, high = environment.reference
+    return 100 * (np.asarray(returns) - low) / (high - low)
