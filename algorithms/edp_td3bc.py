@@ -1,29 +1,28 @@
 """EDP + TD3+BC: Efficient Diffusion Policies for Offline RL (Kang et al., NeurIPS 2023), guided as in TD3+BC.
 
-    init_state:   policy eps_theta, critics Q_1 and Q_2, a target copy of each
-    repeat num_updates times:                                                             train_step
+    init_state: policy eps_theta, critics Q_1 and Q_2, a target copy of each
+    repeat num_updates times (train_step):
         draw a batch (s, a, r, s', terminal)
-        a' <- sample_action(target policy, s')      DPM-Solver, 15 network calls
-        critics: minimise critic_loss               (Q_i - [r + gamma (1 - terminal) min Q'(s', a')])^2
-        corrupt a to a^k, predict its noise once, approximate_action: a-hat^0 from that prediction
-        policy: minimise diffusion_loss + eta * guidance, a-hat^0 climbing Q (policy_loss)
+        critics: minimise critic_loss to critic_target, where a' <- sample_action(target policy, s'), 15 network calls
+        policy: corrupt a to a^k and predict its noise, once, for diffusion_loss and for approximate_action, a-hat^0;
+            minimise policy_loss: the diffusion loss, and a-hat^0 climbing Q
         move the targets
-    act: select_action, one of N samples with probability ~ exp Q (energy-based action selection)
+    act: select_action draws N actions and picks one with probability proportional to exp Q
 
 Run:  python algorithms/edp_td3bc.py --env-id pointmaze-umaze --num-seeds 2
       python algorithms/edp_td3bc.py --dataset-id D4RL/pen/expert-v2 --num-updates 100000
 Fig. 2 of the paper: --sampler ddpm is "EDP w/o DPM", --no-action-approx is "EDP w/o AP".
 
-Differences from the paper [P] and from the authors' code [C]:
-D1  [P] a' comes from the target policy; Alg. 1 prints pi_theta. [C] does the same.
-D2  [P] approximated actions are clipped to [-1, 1], without gradient where the clip is active. [C] does the same.
-D3  [P] DDPM's variance is the posterior's, not Eq. 4's beta^k. [C] does the same.
-D4  [C] truncates the solver's fractional step when it clips; here the bounds are those of the exact time. The final
-    action is clipped too.
-D5  [C] updates the policy by the critics from before their update; here by the new ones, as Alg. 1.
-D6  [C] multiplies the guidance by 2 (--eta 2), and replaces the gradient-norm clip of 5 by 1 to 10 for each task.
-D7  [C] starts from LeCun-normal weights and zero biases; here both are uniform in +-1/sqrt(fan_in), as in PyTorch.
-D8  [C] defaults to K = 100 with DDPM, 3e-4 and guidance 1 for all tasks, and 50 actions to select from; here Table 3.
+Differences from the paper (P) and from the authors' code (C):
+D1  P: a' comes from the target policy, as in C; Alg. 1 prints pi_theta.
+D2  P: approximated actions are clipped to [-1, 1], as in C, without gradient where the clip is active.
+D3  P: the variance of DDPM is the posterior's, as in C; Eq. 4 has beta^k.
+D4  C truncates the solver's fractional step to clip its samples; here time is exact, and the last action clipped too.
+D5  C updates the policy by the critics from before their update; here by the new ones, as Alg. 1.
+D6  C replaces the gradient-norm clip of 5 by 1 to 10 for each task, silently.
+D7  C starts from LeCun-normal weights and zero biases; here both are uniform in +-1/sqrt(fan_in), as in PyTorch.
+D8  C defaults to K = 100 with DDPM, one learning rate and guidance for all tasks, N = 50; here Table 3, N = 10.
+D9  C multiplies the guidance by 2: --eta 2.
 """
 
 # ------------------------------------------------------------------------------------------------------ imports
@@ -34,7 +33,6 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tyro
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -49,6 +47,7 @@ from common.tasks import RewardRule, with_domain_defaults
 
 
 # ---------------------------------------------------------------------------------------------------- arguments
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Args:
     """EDP + TD3+BC. Flags without a default take their domain's (Table 3); it is shown at the start of the run."""
@@ -143,14 +142,9 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
     policy_optimizer, optimizer = make_optimizers(args)
     policy = NoisePredictor(obs_dim, act_dim, policy_key)
     critics = init_twin_critics(obs_dim, act_dim, critics_key)
-    return TrainState(
-        policy=policy,
-        policy_opt=policy_optimizer.init(policy),
-        critics=critics,
-        critics_opt=optimizer.init(critics),
-        target_critics=jax.tree.map(jnp.copy, critics),
-        target_policy=jax.tree.map(jnp.copy, policy),
-    )
+    policy_opt, critics_opt = policy_optimizer.init(policy), optimizer.init(critics)
+    target_critics, target_policy = jax.tree.map(jnp.copy, (critics, policy))  # copies: donated buffers must differ
+    return TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
 
 
 # --------------------------------------------------------------------------------------------- diffusion policy
@@ -168,19 +162,20 @@ def diffusion_loss(
 ) -> tuple[Float[Array, ""], Corruption]:
     """Eq. 5: mean (noise - eps_theta(a^k, k; s))^2, with k uniform and a^k by Eq. 8."""
     k_key, noise_key = jax.random.split(key)
+    schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
     k = jax.random.randint(k_key, batch.reward.shape, 0, args.num_diffusion_steps)
     noise = jax.random.normal(noise_key, batch.action.shape)
-    noisy_action = corrupt(make_schedule(args.beta_schedule, args.num_diffusion_steps), batch.action, k, noise)
+    noisy_action = corrupt(schedule, batch.action, k, noise)
     predicted_noise = jax.vmap(policy)(batch.obs, noisy_action, k)
     return jnp.mean((noise - predicted_noise) ** 2), Corruption(k, noise, noisy_action, predicted_noise)
 
 
 def approximate_action(corruption: Corruption, args: Args) -> Float[Array, "batch act_dim"]:
-    """Eq. 9: a-hat^0 = (a^k - sqrt(1 - alpha_bar^k) eps_theta) / sqrt(alpha_bar^k), then clipped (D2)."""
-    alpha_bar = make_schedule(args.beta_schedule, args.num_diffusion_steps).alpha_bar
-    from_action = jnp.asarray(1 / np.sqrt(alpha_bar), jnp.float32)[corruption.k, None]
-    from_noise = jnp.asarray(np.sqrt(1 / alpha_bar - 1), jnp.float32)[corruption.k, None]
-    return jnp.clip(from_action * corruption.noisy_action - from_noise * corruption.predicted_noise, -1, 1)
+    """Eq. 9: a-hat^0 = (a^k - sqrt(1 - alpha_bar^k) eps_theta) / sqrt(alpha_bar^k), clipped (D2)."""
+    schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
+    signal = jnp.asarray(schedule.sqrt_alpha_bar)[corruption.k, None]
+    sigma = jnp.asarray(schedule.sqrt_one_minus_alpha_bar)[corruption.k, None]
+    return jnp.clip((corruption.noisy_action - sigma * corruption.predicted_noise) / signal, -1, 1)
 
 
 def sample_action(
@@ -194,8 +189,7 @@ def sample_action(
     """a ~ pi_theta(. | s), Eq. 3, by DPM-Solver or DDPM."""
     init_key, key = jax.random.split(key)
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
-    act_dim = policy.mlp.layers[-1].out_features
-    noise = init_noise_scale * jax.random.normal(init_key, (len(obs), act_dim))
+    noise = init_noise_scale * jax.random.normal(init_key, (len(obs), policy.act_dim))
 
     def noise_fn(noisy_action, k):
         return temperature * jax.vmap(policy, in_axes=(0, 0, None))(obs, noisy_action, k)
@@ -210,11 +204,11 @@ def critic_target(
     target_critics: Critic, target_policy: NoisePredictor, batch: Dataset, key: PRNGKeyArray, args: Args
 ) -> Float[Array, " batch"]:
     """Eq. 14: r + gamma (1 - terminal) min_i Q'_i(s', a'), a' ~ target policy (D1)."""
-    num_actions = 10 if args.max_q_backup else 1
+    num_actions = 10 if args.max_q_backup else 1  # of which each target critic takes its best
     next_obs = jnp.repeat(batch.next_obs, num_actions, axis=0)
     next_action = sample_action(target_policy, next_obs, key, args)
-    next_q = twin_q(target_critics, next_obs, next_action).reshape(2, -1, num_actions)
-    return batch.reward + args.gamma * (1 - batch.terminal) * next_q.max(axis=2).min(axis=0)
+    next_q = twin_q(target_critics, next_obs, next_action).reshape(2, -1, num_actions).max(axis=2)
+    return batch.reward + args.gamma * (1 - batch.terminal) * next_q.min(axis=0)
 
 
 def critic_loss(critics: Critic, target: Float[Array, " batch"], batch: Dataset) -> tuple[Float[Array, ""], dict]:
@@ -239,8 +233,8 @@ def policy_loss(
     q = jax.vmap(critic)(batch.obs, action)
     guidance = -jnp.mean(q) / jax.lax.stop_gradient(jnp.mean(jnp.abs(q)))
     loss = diffusion + args.eta * guidance
-    clipped = jnp.mean(jnp.abs(action) == 1)
-    return loss, {"policy_loss": loss, "diffusion_loss": diffusion, "guidance_loss": guidance, "clipped": clipped}
+    metrics = {"policy_loss": loss, "diffusion_loss": diffusion, "guidance_loss": guidance}
+    return loss, metrics | {"clipped": jnp.mean(jnp.abs(action) == 1)}
 
 
 # ----------------------------------------------------------------------------------------------------- training
@@ -271,54 +265,38 @@ def train_step(
     policy_tau = jnp.where((step > 1000) & (step % 5 == 0), args.tau, 0.0)
     target_policy = optax.incremental_update(policy, state.target_policy, policy_tau)
 
-    state = TrainState(
-        policy=policy,
-        policy_opt=policy_opt,
-        critics=critics,
-        critics_opt=critics_opt,
-        target_critics=target_critics,
-        target_policy=target_policy,
-    )
+    state = TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
     return state, critic_metrics | policy_metrics
 
 
-@partial(jax.jit, static_argnames=("args", "num_steps"), donate_argnames="state")
+@partial(jax.jit, static_argnames="num_steps", donate_argnames="state")
 def train_chunk(
     state: TrainState, start: Int[Array, ""], keys: PRNGKeyArray, dataset: Dataset, args: Args, num_steps: int
 ) -> tuple[TrainState, dict]:
     """Updates start + 1 to start + num_steps of all seeds; metrics are (num_steps, seeds)."""
 
-    def body(state, step):
-        return jax.vmap(lambda state, key: train_step(state, step, key, dataset, args))(state, keys)
-
-    return jax.lax.scan(body, state, start + 1 + jnp.arange(num_steps))
+    step_of_all_seeds = jax.vmap(train_step, in_axes=(0, None, 0, None, None))
+    steps = start + 1 + jnp.arange(num_steps)
+    return jax.lax.scan(lambda state, step: step_of_all_seeds(state, step, keys, dataset, args), state, steps)
 
 
 # ------------------------------------------------------------------------------------------------------- acting
-@partial(jax.jit, static_argnames="args")
+@jax.jit
+@partial(jax.vmap, in_axes=(0, 0, 0, 0, None, None))
 def select_action(
-    policy: NoisePredictor,
-    critics: Critic,
-    obs: Float[Array, "seeds batch obs_dim"],
-    keys: PRNGKeyArray,
-    step: Int[Array, ""],
-    args: Args,
-) -> Float[Array, "seeds batch act_dim"]:
-    """Alg. 2: of N samples of the policy, one is drawn with probability proportional to exp(min_i Q_i)."""
-
-    def select(policy, critics, obs, key):
-        sample_key, choice_key = jax.random.split(jax.random.fold_in(key, step))
-        candidate_obs = jnp.repeat(obs, args.num_eval_actions, axis=0)
-        action = sample_action(policy, candidate_obs, sample_key, args, args.policy_temperature, args.init_noise_scale)
-        q = twin_q(critics, candidate_obs, action).min(axis=0).reshape(len(obs), args.num_eval_actions)
-        choice = jax.random.categorical(choice_key, q)
-        return action.reshape(*q.shape, -1)[jnp.arange(len(obs)), choice]
-
-    return jax.vmap(select)(policy, critics, obs, keys)
+    policy: NoisePredictor, critics: Critic, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, step, args: Args
+) -> Float[Array, "batch act_dim"]:
+    """Alg. 2, for a batch of seeds: one of N actions of the policy, with probability ~ exp(min_i Q_i(s, a))."""
+    sample_key, choice_key = jax.random.split(jax.random.fold_in(key, step))
+    candidate_obs = jnp.repeat(obs, args.num_eval_actions, axis=0)
+    action = sample_action(policy, candidate_obs, sample_key, args, args.policy_temperature, args.init_noise_scale)
+    q = twin_q(critics, candidate_obs, action).min(axis=0).reshape(len(obs), args.num_eval_actions)
+    choice = jax.random.categorical(choice_key, q)
+    return action.reshape(*q.shape, -1)[jnp.arange(len(obs)), choice]
 
 
 # --------------------------------------------------------------------------------------------------------- main
-def train(args: Args) -> dict[str, np.ndarray]:
+def train(args: Args) -> dict:
     """Trains and evaluates all seeds; returns the last score, OMS and RAT of each."""
     setup_jax()
     task = resolve_task(args.env_id, args.dataset_id)
@@ -337,7 +315,7 @@ def train(args: Args) -> dict[str, np.ndarray]:
             run.log_metrics(update, metrics)
             if update % args.eval_every == 0:
                 eval_keys = jax.vmap(jax.random.fold_in, (0, None))(act_keys, update)
-                act = partial(select_action, state.policy, state.critics, keys=eval_keys, args=args)
+                act = lambda obs, t: select_action(state.policy, state.critics, obs, eval_keys, t, args)
                 run.log_evaluation(update, evaluate(act, update), state)
         return run.finish()
 

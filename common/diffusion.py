@@ -22,6 +22,8 @@ class Schedule(NamedTuple):
     alpha: np.ndarray
     alpha_bar: np.ndarray
     alpha_bar_prev: np.ndarray  # alpha_bar of the step before; 1 before the first
+    sqrt_alpha_bar: np.ndarray
+    sqrt_one_minus_alpha_bar: np.ndarray
 
 
 @lru_cache
@@ -54,7 +56,8 @@ def make_schedule(name: ScheduleName, num_steps: int) -> Schedule:
         raise ValueError(f"unknown schedule {name!r}; choose 'linear', 'vp' or 'cosine'")
     alpha = 1 - beta
     alpha_bar = np.cumprod(alpha)
-    return Schedule(beta, alpha, alpha_bar, np.append(1.0, alpha_bar[:-1]))
+    alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
+    return Schedule(beta, alpha, alpha_bar, alpha_bar_prev, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
 
 
 def corrupt(
@@ -64,8 +67,8 @@ def corrupt(
     noise: Float[Array, "batch act_dim"],
 ) -> Float[Array, "batch act_dim"]:
     """a^k = sqrt(alpha_bar^k) a^0 + sqrt(1 - alpha_bar^k) noise (EDP Eq. 8)."""
-    signal = jnp.asarray(np.sqrt(schedule.alpha_bar), action.dtype)[k, None]
-    sigma = jnp.asarray(np.sqrt(1 - schedule.alpha_bar), action.dtype)[k, None]
+    signal = jnp.asarray(schedule.sqrt_alpha_bar)[k, None]
+    sigma = jnp.asarray(schedule.sqrt_one_minus_alpha_bar)[k, None]
     return signal * action + sigma * noise
 
 
@@ -83,10 +86,10 @@ def ddpm_sample(
     adds no noise. Differentiable; each step's activations are recomputed in the backward pass, so that memory grows
     with K only by the chain itself.
     """
-    beta, alpha, alpha_bar, alpha_bar_prev = schedule
+    beta, alpha, alpha_bar, alpha_bar_prev, signal, sigma = schedule
     coefficients = {
-        "x0_from_x": 1 / np.sqrt(alpha_bar),
-        "x0_from_noise": np.sqrt(1 / alpha_bar - 1),
+        "x0_from_x": 1 / signal,
+        "x0_from_noise": sigma / signal,
         "mean_from_x0": np.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar),
         "mean_from_x": np.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar),
         "std": np.sqrt(beta * (1 - alpha_bar_prev) / (1 - alpha_bar)),  # 0 at the last step

@@ -31,7 +31,7 @@ class Evaluator:
         self.envs = [[make_env(environment) for _ in range(num_episodes)] for _ in seeds]
 
     def __call__(self, act: Callable[..., Array], update: int) -> Episodes:
-        """`act(obs=, step=)` maps (seeds, episodes, obs_dim) at an environment step to actions in [-1, 1]."""
+        """`act(obs, t)` maps (seeds, episodes, obs_dim) at environment step t to actions in [-1, 1]."""
         shape = (len(self.seeds), self.num_episodes)
         starts = [
             [
@@ -46,7 +46,7 @@ class Evaluator:
         running = list(np.ndindex(shape))
         t = 0
         while running:
-            action = np.asarray(act(obs=(obs - self.info.obs_mean) / self.info.obs_std, step=t))
+            action = np.asarray(act((obs - self.info.obs_mean) / self.info.obs_std, t))
             still_running = []
             for i, j in running:
                 if i == 0:

@@ -76,8 +76,10 @@ class NoisePredictor(eqx.Module):
 
     time_mlp: MLP
     mlp: MLP
+    act_dim: int = eqx.field(static=True)
 
     def __init__(self, obs_dim: int, act_dim: int, key: PRNGKeyArray):
+        self.act_dim = act_dim
         time_key, key = jax.random.split(key)
         self.time_mlp = MLP((EMBEDDING_DIM, 2 * EMBEDDING_DIM, EMBEDDING_DIM), time_key)
         self.mlp = MLP((obs_dim + act_dim + EMBEDDING_DIM, *[HIDDEN_WIDTH] * NUM_HIDDEN, act_dim), key)

@@ -110,7 +110,8 @@ class Run:
         print(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(args).items()), flush=True)
 
     def __enter__(self):
-        self.files = {name: open(self.folder / f"{name}.csv", "w", newline="") for name in ("metrics", "eval")}
+        paths = {name: self.folder / f"{name}.csv" for name in ("metrics", "eval")}
+        self.files = {name: path.open("w", newline="") for name, path in paths.items()}
         self.csv = {name: csv.writer(file) for name, file in self.files.items()}
         self.csv["eval"].writerow(["update", "seed", "episode", "return", "length"])
         boards = [self.folder / "tensorboard" / f"seed_{seed}" for seed in self.seeds]
@@ -167,8 +168,8 @@ class Run:
             values = {"eval/score": scores[i], "eval/return": episodes.returns[i].mean()}
             self._scalars(i, values | {"eval/length": episodes.lengths[i].mean()}, update)
         self.bar.write(
-            f"update {update}: score {_mean_and_deviation(scores)}, "
-            f"return {_mean_and_deviation(episodes.returns.mean(axis=1))}, behaviour's score {self.info.behaviour_score:.1f}"
+            f"update {update}: score {_mean_and_deviation(scores)} (behaviour {self.info.behaviour_score:.1f}), "
+            f"return {_mean_and_deviation(episodes.returns.mean(axis=1))}"
         )
         save_checkpoint(self.folder / "checkpoint.eqx", state, {**self.header, "update": update})
         environment = self.task.environment
@@ -188,10 +189,11 @@ class Run:
             f"RAT (mean of the last {min(RAT_WINDOW, len(scores))})": results["RAT"],
             "behaviour": np.array([self.info.behaviour_score]),
         }
-        self.bar.write(f"\n{self.task.env_id}, {len(self.seeds)} seed(s), {self.evaluated_at[-1]} updates")
+        self.bar.close()
+        print(f"\n{self.algorithm} on {self.task.env_id}, {self.evaluated_at[-1]} updates, {len(self.seeds)} seed(s)")
         for label, values in rows.items():
-            self.bar.write(f"  {label:<28} {_mean_and_deviation(values)}")
-        self.bar.write(f"  files                        {self.folder}/")
+            print(f"  {label:<28} {_mean_and_deviation(values)}")
+        print(f"  files                        {self.folder}/")
         return results
 
     def _scalars(self, index: int, values: dict[str, float], update: int) -> None:

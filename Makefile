@@ -1,0 +1,30 @@
+# Everything runs in .venv, which is made on first use.
+PYTHON ?= python3
+VENV := .venv/bin
+
+.PHONY: demo test test-slow lint clean
+
+demo: .venv/.installed  ## learn pointmaze-umaze with EDP + TD3+BC: no download, a few minutes on two cores
+	$(VENV)/python algorithms/edp_td3bc.py --env-id pointmaze-umaze
+
+test: .venv/.installed-dev  ## everything but the learning tests that take minutes
+	$(VENV)/python -m pytest -m "not slow"
+
+test-slow: .venv/.installed-dev
+	$(VENV)/python -m pytest -m slow
+
+lint: .venv/.installed-dev
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+
+clean:
+	rm -rf .venv
+
+.venv/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(VENV)/pip install -q -r requirements.txt
+	touch $@
+
+.venv/.installed-dev: .venv/.installed requirements-dev.txt
+	$(VENV)/pip install -q -r requirements-dev.txt
+	touch $@

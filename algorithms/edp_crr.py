@@ -1,0 +1,344 @@
+"""EDP + CRR: Efficient Diffusion Policies for Offline RL (Kang et al., NeurIPS 2023), weighted as in CRR.
+
+    init_state: policy eps_theta, critics Q_1 and Q_2, a target copy of each
+    repeat num_updates times (train_step):
+        draw a batch (s, a, r, s', terminal)
+        critics: minimise critic_loss to critic_target, where a' <- sample_action(target policy, s'), 15 network calls
+        policy: corrupt a to a^k and predict its noise, once, for diffusion_loss and for approximate_action, a-hat^0;
+            minimise policy_loss: the diffusion loss, and -log pi-hat(a | s) weighted by the advantage of a
+        move the targets
+    act: select_action draws N actions and picks one with probability proportional to exp Q
+
+Run:  python algorithms/edp_crr.py --env-id pointmaze-umaze --num-seeds 2
+      python algorithms/edp_crr.py --dataset-id D4RL/pen/expert-v2 --num-updates 100000
+
+Differences from the paper (P) and from the authors' code (C):
+D1  P: a' comes from the target policy, as in C; Alg. 1 prints pi_theta.
+D2  P: approximated actions are clipped to [-1, 1], as in C, without gradient where the clip is active.
+D3  P: the variance of DDPM is the posterior's, as in C; Eq. 4 has beta^k.
+D4  C truncates the solver's fractional step to clip its samples; here time is exact, and the last action clipped too.
+D5  C updates the policy by the critics from before their update; here by the new ones, as Alg. 1.
+D6  C replaces the gradient-norm clip of 5 by 1 to 10 for each task, silently.
+D7  C starts from LeCun-normal weights and zero biases; here both are uniform in +-1/sqrt(fan_in), as in PyTorch.
+D8  C defaults to K = 100 with DDPM, one learning rate and guidance for all tasks, N = 50; here Table 3, N = 10.
+D9  P: Eq. 21 prints min(Q_1 - Q_2) for min(Q_1, Q_2).
+D10 P: Eq. 13 lacks the 1/2 of a Gaussian's log-density, which C has.
+D11 P: Eq. 12 divides by 1 - alpha_bar^{k-1}, 0 at k = 1; here 1 - alpha_bar^k, as in C, scaled to mean 1 over k.
+"""
+
+# ------------------------------------------------------------------------------------------------------ imports
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from common.data import Dataset, load_dataset, resolve_task
+from common.diffusion import ScheduleName, corrupt, ddpm_sample, make_schedule
+from common.dpm_solver import dpm_solver_sample
+from common.evaluation import Evaluator
+from common.networks import Critic, NoisePredictor, init_twin_critics, twin_q
+from common.run import Run, check_args, setup_jax
+from common.tasks import RewardRule, with_domain_defaults
+
+
+# ---------------------------------------------------------------------------------------------------- arguments
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Args:
+    """EDP + CRR. Flags without a default take their domain's (Table 3); it is shown at the start of the run."""
+
+    # Experiment
+    env_id: str = "pointmaze-umaze"
+    """the task; a wrong name lists the nearest known ones"""
+    dataset_id: str | None = None
+    """any Minari dataset, remote or local; its own environment then replaces --env-id"""
+    reward_rule: RewardRule | None = None
+    """how the dataset's rewards are shaped before learning"""
+    normalize_obs: bool = False
+    """standardise observations by the dataset's mean and deviation"""
+    seed: int = 0
+    """the first seed; a run is a function of (seed, update)"""
+    num_seeds: int = 1
+    """seeds trained together in one program: seed, seed + 1, ..."""
+    run_dir: str | None = None
+    """where to write; by default runs/<env-id>__<algorithm>__<seed>__<time>"""
+    track: bool = False
+    """log to Weights & Biases as well"""
+
+    # Evaluation
+    eval_every: int | None = None
+    """updates between evaluations"""
+    eval_episodes: int | None = None
+    """episodes of each evaluation, for each seed"""
+    num_eval_actions: int = 10
+    """N of energy-based action selection (Alg. 2); 1 is plain sampling"""
+    policy_temperature: float = 1.0
+    """scales the predicted noise when acting (C.4)"""
+    init_noise_scale: float = 1.0
+    """scales the initial noise a^K when acting (C.4)"""
+
+    # Optimisation
+    num_updates: int | None = None
+    """gradient updates; 1000 are an epoch of the paper"""
+    batch_size: int = 256
+    """transitions of an update"""
+    learning_rate: float | None = None
+    """Adam's, for all networks (Table 3)"""
+    lr_decay: bool = False
+    """cosine decay of the policy's learning rate to 0"""
+    max_grad_norm: float = 5.0
+    """gradient-norm clip of each network (Table 3)"""
+    gamma: float = 0.99
+    """discount"""
+    tau: float = 0.005
+    """Polyak rate of the targets"""
+
+    # Diffusion
+    num_diffusion_steps: int = 1000
+    """K"""
+    beta_schedule: ScheduleName = "linear"
+    """noise schedule; "vp" for few steps"""
+    sampler: Literal["dpm", "ddpm"] = "dpm"
+    """DPM-Solver, or all K steps of DDPM"""
+    num_solver_calls: int = 15
+    """network calls of DPM-Solver"""
+    solver_order: int = 3
+    """order of DPM-Solver: 1 (DDIM), 2 or 3"""
+
+    # Algorithm
+    eta: float | None = None
+    """weight of the guidance loss (lambda of Alg. 1, "loss weight" of Table 3)"""
+    max_q_backup: bool = False
+    """back up the best of 10 next actions, as Diffusion-QL in antmaze"""
+    temperature: float = 1.0
+    """divides the advantage in the weight (beta of Eq. 20)"""
+    max_weight: float = 20.0
+    """largest weight of a transition"""
+    num_advantage_actions: int = 10
+    """N of Eq. 21"""
+    likelihood: Literal["mse", "elbo"] = "mse"
+    """log pi by the Gaussian around the approximated action (Eq. 13) or by the ELBO (Eq. 12)"""
+
+
+# ------------------------------------------------------------------------------------------------------- state
+class TrainState(NamedTuple):
+    policy: NoisePredictor
+    policy_opt: optax.OptState
+    critics: Critic
+    critics_opt: optax.OptState
+    target_critics: Critic
+    target_policy: NoisePredictor
+
+
+def make_optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """(the policy's, the other networks'): Adam after a clip of the global gradient norm."""
+    rate = args.learning_rate
+    policy_rate = optax.cosine_decay_schedule(rate, args.num_updates) if args.lr_decay else rate
+    clip = optax.clip_by_global_norm(args.max_grad_norm)
+    return optax.chain(clip, optax.adam(policy_rate)), optax.chain(clip, optax.adam(rate))
+
+
+def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> TrainState:
+    policy_key, critics_key = jax.random.split(key)
+    policy_optimizer, optimizer = make_optimizers(args)
+    policy = NoisePredictor(obs_dim, act_dim, policy_key)
+    critics = init_twin_critics(obs_dim, act_dim, critics_key)
+    policy_opt, critics_opt = policy_optimizer.init(policy), optimizer.init(critics)
+    target_critics, target_policy = jax.tree.map(jnp.copy, (critics, policy))  # copies: donated buffers must differ
+    return TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
+
+
+# --------------------------------------------------------------------------------------------- diffusion policy
+class Corruption(NamedTuple):
+    """One draw of (k, noise) for a batch, and the policy's prediction of that noise."""
+
+    k: Int[Array, " batch"]
+    noise: Float[Array, "batch act_dim"]
+    noisy_action: Float[Array, "batch act_dim"]
+    predicted_noise: Float[Array, "batch act_dim"]
+
+
+def diffusion_loss(
+    policy: NoisePredictor, batch: Dataset, key: PRNGKeyArray, args: Args
+) -> tuple[Float[Array, ""], Corruption]:
+    """Eq. 5: mean (noise - eps_theta(a^k, k; s))^2, with k uniform and a^k by Eq. 8."""
+    k_key, noise_key = jax.random.split(key)
+    schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
+    k = jax.random.randint(k_key, batch.reward.shape, 0, args.num_diffusion_steps)
+    noise = jax.random.normal(noise_key, batch.action.shape)
+    noisy_action = corrupt(schedule, batch.action, k, noise)
+    predicted_noise = jax.vmap(policy)(batch.obs, noisy_action, k)
+    return jnp.mean((noise - predicted_noise) ** 2), Corruption(k, noise, noisy_action, predicted_noise)
+
+
+def approximate_action(corruption: Corruption, args: Args) -> Float[Array, "batch act_dim"]:
+    """Eq. 9: a-hat^0 = (a^k - sqrt(1 - alpha_bar^k) eps_theta) / sqrt(alpha_bar^k), clipped (D2)."""
+    schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
+    signal = jnp.asarray(schedule.sqrt_alpha_bar)[corruption.k, None]
+    sigma = jnp.asarray(schedule.sqrt_one_minus_alpha_bar)[corruption.k, None]
+    return jnp.clip((corruption.noisy_action - sigma * corruption.predicted_noise) / signal, -1, 1)
+
+
+def sample_action(
+    policy: NoisePredictor,
+    obs: Float[Array, "batch obs_dim"],
+    key: PRNGKeyArray,
+    args: Args,
+    temperature: float = 1.0,
+    init_noise_scale: float = 1.0,
+) -> Float[Array, "batch act_dim"]:
+    """a ~ pi_theta(. | s), Eq. 3, by DPM-Solver or DDPM."""
+    init_key, key = jax.random.split(key)
+    schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
+    noise = init_noise_scale * jax.random.normal(init_key, (len(obs), policy.act_dim))
+
+    def noise_fn(noisy_action, k):
+        return temperature * jax.vmap(policy, in_axes=(0, 0, None))(obs, noisy_action, k)
+
+    if args.sampler == "ddpm":
+        return ddpm_sample(noise_fn, schedule, noise, key, clip=True)
+    return dpm_solver_sample(noise_fn, schedule, noise, args.num_solver_calls, args.solver_order, clip=True)
+
+
+# ------------------------------------------------------------------------------------------------------- losses
+def critic_target(
+    target_critics: Critic, target_policy: NoisePredictor, batch: Dataset, key: PRNGKeyArray, args: Args
+) -> Float[Array, " batch"]:
+    """Eq. 14: r + gamma (1 - terminal) min_i Q'_i(s', a'), a' ~ target policy (D1)."""
+    num_actions = 10 if args.max_q_backup else 1  # of which each target critic takes its best
+    next_obs = jnp.repeat(batch.next_obs, num_actions, axis=0)
+    next_action = sample_action(target_policy, next_obs, key, args)
+    next_q = twin_q(target_critics, next_obs, next_action).reshape(2, -1, num_actions).max(axis=2)
+    return batch.reward + args.gamma * (1 - batch.terminal) * next_q.min(axis=0)
+
+
+def critic_loss(critics: Critic, target: Float[Array, " batch"], batch: Dataset) -> tuple[Float[Array, ""], dict]:
+    """Eq. 6: the sum over both critics of mean (Q_i(s, a) - target)^2."""
+    q = twin_q(critics, batch.obs, batch.action)
+    loss = jnp.sum(jnp.mean((q - jax.lax.stop_gradient(target)) ** 2, axis=1))
+    return loss, {"critic_loss": loss, "q": q.mean()}
+
+
+def advantage_weight(
+    critics: Critic, approx_action: Float[Array, "batch act_dim"], batch: Dataset, key: PRNGKeyArray, args: Args
+) -> Float[Array, " batch"]:
+    """Eq. 20 and 21: f = exp(A / temperature), A = min_i Q_i(s, a) - mean_n min_i Q_i(s, a_n), a_n ~ N(a-hat^0, I)."""
+    noise = jax.random.normal(key, (args.num_advantage_actions, *approx_action.shape))
+    q = twin_q(critics, batch.obs, batch.action).min(axis=0)
+    sampled_q = jax.vmap(lambda noise: twin_q(critics, batch.obs, approx_action + noise).min(axis=0))(noise)
+    return jnp.minimum(jnp.exp((q - sampled_q.mean(axis=0)) / args.temperature), args.max_weight)
+
+
+def policy_loss(
+    policy: NoisePredictor, critics: Critic, batch: Dataset, key: PRNGKeyArray, args: Args
+) -> tuple[Float[Array, ""], dict]:
+    """Eq. 13 and 20: L_diff + eta mean f(s, a) |a - a-hat^0|^2 / 2 (D10), or Eq. 12 for its log-likelihood (D11)."""
+    diffusion_key, advantage_key = jax.random.split(key)
+    diffusion, corruption = diffusion_loss(policy, batch, diffusion_key, args)
+    action = approximate_action(corruption, args)
+    weight = jax.lax.stop_gradient(advantage_weight(critics, action, batch, advantage_key, args))
+    if args.likelihood == "mse":
+        negative_log_likelihood = jnp.sum((batch.action - action) ** 2, axis=1) / 2
+    else:
+        schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
+        step_weight = schedule.beta / (2 * schedule.alpha * (1 - schedule.alpha_bar))
+        step_weight = jnp.asarray(step_weight / step_weight.mean())[corruption.k]
+        squared_error = jnp.mean((corruption.noise - corruption.predicted_noise) ** 2, axis=1)
+        negative_log_likelihood = step_weight * squared_error
+    guidance = jnp.mean(weight * negative_log_likelihood)
+    loss = diffusion + args.eta * guidance
+    metrics = {"policy_loss": loss, "diffusion_loss": diffusion, "guidance_loss": guidance, "weight": weight.mean()}
+    return loss, metrics | {"clipped": jnp.mean(jnp.abs(action) == 1)}
+
+
+# ----------------------------------------------------------------------------------------------------- training
+def train_step(
+    state: TrainState, step: Int[Array, ""], key: PRNGKeyArray, dataset: Dataset, args: Args
+) -> tuple[TrainState, dict]:
+    """Update number `step` (1, 2, ...) of one seed: Alg. 1."""
+    batch_key, target_key, policy_key = jax.random.split(jax.random.fold_in(key, step), 3)
+    policy_optimizer, optimizer = make_optimizers(args)
+
+    # Sample a batch
+    index = jax.random.randint(batch_key, (args.batch_size,), 0, len(dataset.reward))
+    batch = jax.tree.map(lambda array: array[index], dataset)
+
+    # Update the critics
+    target = critic_target(state.target_critics, state.target_policy, batch, target_key, args)
+    grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(state.critics, target, batch)
+    updates, critics_opt = optimizer.update(grads, state.critics_opt)
+    critics = optax.apply_updates(state.critics, updates)
+
+    # Update the policy
+    grads, policy_metrics = jax.grad(policy_loss, has_aux=True)(state.policy, critics, batch, policy_key, args)
+    updates, policy_opt = policy_optimizer.update(grads, state.policy_opt)
+    policy = optax.apply_updates(state.policy, updates)
+
+    # Move the targets: the critics' every update, the policy's every fifth after the first thousand
+    target_critics = optax.incremental_update(critics, state.target_critics, args.tau)
+    policy_tau = jnp.where((step > 1000) & (step % 5 == 0), args.tau, 0.0)
+    target_policy = optax.incremental_update(policy, state.target_policy, policy_tau)
+
+    state = TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
+    return state, critic_metrics | policy_metrics
+
+
+@partial(jax.jit, static_argnames="num_steps", donate_argnames="state")
+def train_chunk(
+    state: TrainState, start: Int[Array, ""], keys: PRNGKeyArray, dataset: Dataset, args: Args, num_steps: int
+) -> tuple[TrainState, dict]:
+    """Updates start + 1 to start + num_steps of all seeds; metrics are (num_steps, seeds)."""
+
+    step_of_all_seeds = jax.vmap(train_step, in_axes=(0, None, 0, None, None))
+    steps = start + 1 + jnp.arange(num_steps)
+    return jax.lax.scan(lambda state, step: step_of_all_seeds(state, step, keys, dataset, args), state, steps)
+
+
+# ------------------------------------------------------------------------------------------------------- acting
+@jax.jit
+@partial(jax.vmap, in_axes=(0, 0, 0, 0, None, None))
+def select_action(
+    policy: NoisePredictor, critics: Critic, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, step, args: Args
+) -> Float[Array, "batch act_dim"]:
+    """Alg. 2, for a batch of seeds: one of N actions of the policy, with probability ~ exp(min_i Q_i(s, a))."""
+    sample_key, choice_key = jax.random.split(jax.random.fold_in(key, step))
+    candidate_obs = jnp.repeat(obs, args.num_eval_actions, axis=0)
+    action = sample_action(policy, candidate_obs, sample_key, args, args.policy_temperature, args.init_noise_scale)
+    q = twin_q(critics, candidate_obs, action).min(axis=0).reshape(len(obs), args.num_eval_actions)
+    choice = jax.random.categorical(choice_key, q)
+    return action.reshape(*q.shape, -1)[jnp.arange(len(obs)), choice]
+
+
+# --------------------------------------------------------------------------------------------------------- main
+def train(args: Args) -> dict:
+    """Trains and evaluates all seeds; returns the last score, OMS and RAT of each."""
+    setup_jax()
+    task = resolve_task(args.env_id, args.dataset_id)
+    args = with_domain_defaults(args, task.environment.domain)
+    check_args(args)
+    dataset, info = load_dataset(task, args.reward_rule, args.normalize_obs)
+    with Run(Path(__file__).stem, args, task, info) as run:
+        evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes, info)
+        keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(jnp.array(run.seeds))
+        init_keys, train_keys, act_keys = keys[:, 0], keys[:, 1], keys[:, 2]
+        obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
+        state = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))(init_keys)
+        for start in range(0, args.num_updates, run.chunk):
+            update = start + run.chunk
+            state, metrics = train_chunk(state, start, train_keys, dataset, args, run.chunk)
+            run.log_metrics(update, metrics)
+            if update % args.eval_every == 0:
+                eval_keys = jax.vmap(jax.random.fold_in, (0, None))(act_keys, update)
+                act = lambda obs, t: select_action(state.policy, state.critics, obs, eval_keys, t, args)
+                run.log_evaluation(update, evaluate(act, update), state)
+        return run.finish()
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
