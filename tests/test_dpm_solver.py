@@ -1,0 +1,203 @@
+"""common/dpm_solver.py against its authors' implementation (the fixture), DDIM in NumPy, and exact solutions."""
+
+import contextlib
+import inspect
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.diffusion import make_schedule
+from common.dpm_solver import dpm_solver_sample, solver_orders
+
+REFERENCE = np.load(Path(__file__).parent / "dpm_solver_reference.npz")
+CASES = json.loads(str(REFERENCE["cases"]))
+SCHEDULE = make_schedule("linear", 1000)
+
+
+def alpha_sigma(k, schedule=SCHEDULE):
+    """alpha_t and sigma_t at a fractional index k = t K - 1: log alpha_t is linear between the knots."""
+    log_alpha = np.interp(k, np.arange(len(schedule.beta)), 0.5 * np.log(np.cumprod(1 - schedule.beta)))
+    return np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
+
+
+def gaussian_noise(a, b):
+    """The exact noise prediction for data N(a, b^2)."""
+
+    def noise_fn(x, k):
+        alpha, sigma = alpha_sigma(k)
+        centre, gain = (
+            np.broadcast_to(alpha * a, x.shape),
+            np.broadcast_to(sigma / (alpha**2 * b**2 + sigma**2), x.shape),
+        )
+        return (x - jnp.asarray(centre, x.dtype)) * jnp.asarray(gain, x.dtype)
+
+    return noise_fn
+
+
+def gaussian_exact(a, b, x):
+    """The exact solution for it at t = 1/K: the ODE keeps (x - alpha a) / sqrt(alpha^2 b^2 + sigma^2) constant."""
+    (alpha, sigma), (alpha_0, sigma_0) = alpha_sigma(999), alpha_sigma(0)
+    scale = np.sqrt((alpha_0**2 * b**2 + sigma_0**2) / (alpha**2 * b**2 + sigma**2))
+    return alpha_0 * a + scale * (x - alpha * a)
+
+
+def smooth_noise(a, b):
+    return lambda x, k: jnp.tanh(
+        x @ jnp.asarray(a, x.dtype) + jnp.asarray(np.cos(5 * (k + 1) / 1000) * b, x.dtype)[None]
+    )
+
+
+def wild_noise(x, k):
+    """A predictor whose implied clean samples leave [-1, 1] at every step."""
+    return 3 * jnp.sin(4 * x + 0.01 * k)
+
+
+@pytest.mark.parametrize(("x64", "tolerance"), [(False, 1e-5), (True, 1e-9)])
+@pytest.mark.parametrize("i", range(len(CASES)))
+def test_solver_agrees_with_its_authors_implementation(i, x64, tolerance):
+    """Orders 1 to 3, both spacings, 15 to 17 calls, at K = 1000 of the linear schedule."""
+    case = CASES[i]
+    assert case["K"] == 1000
+    noise_fn = {"gaussian": gaussian_noise, "smooth": smooth_noise}[case["model"]]
+    noise_fn = noise_fn(np.array(case["a"]), np.array(case["b"]))
+    with jax.enable_x64(True) if x64 else contextlib.nullcontext():
+        x_init = jnp.asarray(REFERENCE[f"x_T_{i}"], jnp.float64 if x64 else jnp.float32)
+        result = dpm_solver_sample(noise_fn, SCHEDULE, x_init, case["steps"], case["order"], case["skip"])
+        assert result.dtype == x_init.dtype
+        result = np.asarray(result)
+    expected = REFERENCE[f"x_0_{i}"]
+    assert np.abs(result - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("i", [i for i, case in enumerate(CASES) if case["model"] == "gaussian"])
+def test_exact_solution_of_the_fixture_is_the_closed_form(i):
+    """So that the closed form may stand in where the fixture has no case."""
+    exact = gaussian_exact(np.array(CASES[i]["a"]), np.array(CASES[i]["b"]), REFERENCE[f"x_T_{i}"])
+    np.testing.assert_allclose(exact, REFERENCE[f"exact_{i}"], atol=1e-9)
+
+
+def gaussian_error(num_calls, order, skip):
+    """Largest error of the sample, in float64."""
+    a, b = np.array([0.4, -0.7, 0.1]), np.array([0.5, 0.8, 1.3])
+    x_init = np.random.default_rng(0).normal(size=(4, 3))
+    with jax.enable_x64(True):
+        result = dpm_solver_sample(gaussian_noise(a, b), SCHEDULE, jnp.asarray(x_init), num_calls, order, skip)
+        return np.abs(np.asarray(result) - gaussian_exact(a, b, x_init)).max()
+
+
+def test_error_falls_as_the_order_promises():
+    """Twice the calls divide the error by 2^order; logSNR spacing, where every step is alike."""
+    for order in (1, 2, 3):
+        errors = [gaussian_error(num_calls, order, "logSNR") for num_calls in (24, 48, 96)]
+        rates = np.log2(np.array(errors[:-1]) / errors[1:])
+        assert np.all(rates > order - 0.35), (order, rates)
+
+
+@pytest.mark.parametrize("skip", ["time_uniform", "logSNR"])
+def test_error_falls_with_order_and_with_calls(skip):
+    """Between 15 calls, which the policies make, and 60, and at 60 (at few calls a lower order may be lucky)."""
+    errors = np.array([[gaussian_error(num_calls, order, skip) for num_calls in (15, 60)] for order in (1, 2, 3)])
+    assert np.all(np.diff(errors[:, 1]) < 0)
+    assert np.all(errors[:, 1] < errors[:, 0])
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_first_order_is_ddim(clip):
+    """27 calls over K = 1000 meet every 37th index exactly: DDIM with eta = 0, from alpha_bar alone."""
+    x_init = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    x = x_init.astype(np.float64)
+    for k, next_k in zip(range(999, 0, -37), range(962, -1, -37)):
+        noise = 3 * np.sin(4 * x + 0.01 * k)
+        x0 = (x - np.sqrt(1 - alpha_bar[k]) * noise) / np.sqrt(alpha_bar[k])
+        if clip:
+            assert np.abs(x0).max() > 1
+            x0 = np.clip(x0, -1, 1)
+            noise = (x - np.sqrt(alpha_bar[k]) * x0) / np.sqrt(1 - alpha_bar[k])
+        x = np.sqrt(alpha_bar[next_k]) * x0 + np.sqrt(1 - alpha_bar[next_k]) * noise
+    if clip:
+        x = np.clip(x, -1, 1)
+    with jax.enable_x64(True):  # the predictor is chaotic enough to amplify float32 rounding
+        result = np.asarray(dpm_solver_sample(wild_noise, SCHEDULE, jnp.float64(x_init), 27, 1, clip=clip))
+    np.testing.assert_allclose(result, x, atol=1e-8 * np.abs(x).max())
+
+
+@pytest.mark.parametrize("skip", ["time_uniform", "logSNR"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_clip_bounds_the_clean_sample_of_every_prediction_and_the_result(order, skip):
+    """The same as a predictor that bounds its own x_0, alpha_t and sigma_t at the solver's own fractional k."""
+    outside = []
+
+    def bounded(x, k):
+        alpha, sigma = alpha_sigma(k)
+        x0 = (x - sigma * wild_noise(x, k)) / alpha
+        outside.append(float(jnp.abs(x0).max()) > 1)
+        return (x - alpha * jnp.clip(x0, -1, 1)) / sigma
+
+    x_init = np.random.default_rng(0).normal(size=(32, 3))
+    with jax.enable_x64(True):
+        x_init = jnp.asarray(x_init)
+        expected = np.asarray(dpm_solver_sample(bounded, SCHEDULE, x_init, 15, order, skip))
+        result = np.asarray(dpm_solver_sample(wild_noise, SCHEDULE, x_init, 15, order, skip, clip=True))
+    assert outside == [True] * 15
+    np.testing.assert_allclose(result, np.clip(expected, -1, 1), atol=1e-9)
+    assert np.abs(result).max() <= 1
+
+
+@pytest.mark.parametrize("skip", ["time_uniform", "logSNR"])
+@pytest.mark.parametrize(("name", "num_steps"), [("linear", 1000), ("linear", 50), ("vp", 5), ("cosine", 2000)])
+def test_solver_makes_exactly_the_calls_it_is_given_within_the_index_range(name, num_steps, skip):
+    """The first at k = K - 1, then falling from step to step, none outside [0, K - 1]."""
+    schedule, x_init = make_schedule(name, num_steps), jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    for order in (1, 2, 3):
+        for num_calls in range(order, 31):
+            calls = []
+
+            def noise_fn(x, k):
+                calls.append(k)
+                return x
+
+            jax.eval_shape(lambda x: dpm_solver_sample(noise_fn, schedule, x, num_calls, order, skip), x_init)
+            assert len(calls) == num_calls
+            np.testing.assert_allclose(calls[0], num_steps - 1, atol=1e-9)
+            assert np.all(np.diff(calls) < 0) and calls[-1] >= 0 and calls[0] <= num_steps - 1
+
+
+@pytest.mark.parametrize("t_end", [1e-3, 0.1])
+def test_solver_stops_at_t_end_or_the_first_knot(t_end):
+    """With eps = 0 a sample is only rescaled, by alpha(t_end) / alpha(1); below the first knot sigma^2 is negative."""
+    for name, num_steps in (("linear", 1000), ("linear", 50), ("vp", 5)):
+        schedule = make_schedule(name, num_steps)
+        last_k = max(t_end * num_steps - 1, 0)
+        expected = alpha_sigma(last_k, schedule)[0] / alpha_sigma(num_steps - 1, schedule)[0]
+        result = dpm_solver_sample(lambda x, k: jnp.zeros_like(x), schedule, jnp.ones((1, 1)), 6, t_end=t_end)
+        np.testing.assert_allclose(result[0, 0], expected, rtol=1e-5)
+
+
+def test_orders_of_the_steps():
+    """[3] * (n//3 - 1) + [2, 1], [3] * (n//3) + [1], [3] * (n//3) + [2] for n % 3 = 0, 1, 2, and so on."""
+    assert solver_orders(15, 3) == [3, 3, 3, 3, 2, 1]
+    assert solver_orders(16, 3) == [3, 3, 3, 3, 3, 1]
+    assert solver_orders(17, 3) == [3, 3, 3, 3, 3, 2]
+    assert solver_orders(3, 3) == [2, 1]
+    assert solver_orders(5, 2) == [2, 2, 1]
+    assert solver_orders(4, 1) == [1, 1, 1, 1]
+    for order in (1, 2, 3):
+        assert all(sum(solver_orders(n, order)) == n for n in range(order, 200))
+
+
+def test_impossible_settings_are_refused():
+    """Orders that do not exist, fewer calls than a step makes, an unknown spacing (past the tests' type check)."""
+    x = jnp.zeros((1, 1))
+    for order in (0, 4):
+        with pytest.raises(ValueError, match="orders 1, 2 and 3"):
+            dpm_solver_sample(lambda x, k: x, SCHEDULE, x, 15, order)
+    for num_calls, order in ((0, 1), (1, 2), (2, 3)):
+        with pytest.raises(ValueError, match=f"at least {order}"):
+            dpm_solver_sample(lambda x, k: x, SCHEDULE, x, num_calls, order)
+    with pytest.raises(ValueError, match="quadratic"):
+        inspect.unwrap(dpm_solver_sample)(lambda x, k: x, SCHEDULE, x, 15, 3, "quadratic")
