@@ -16,7 +16,7 @@ class Episodes(NamedTuple):
 
     returns: Float[np.ndarray, "seeds episodes"]
     lengths: np.ndarray  # (seeds, episodes)
-    observations: list[np.ndarray]  # those of the first seed, one (length, obs_dim) an episode
+    observations: list[np.ndarray]  # those of the first seed, one (length + 1, obs_dim) an episode
 
 
 class Evaluator:
@@ -58,7 +58,7 @@ class Evaluator:
                     still_running.append((i, j))
             running = still_running
             t += 1
-        return Episodes(returns, lengths, [np.array(path) for path in paths])
+        return Episodes(returns, lengths, [np.array([*path, last]) for path, last in zip(paths, obs[0])])
 
     def close(self) -> None:
         for row in self.envs:

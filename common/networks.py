@@ -58,9 +58,9 @@ class MLP(eqx.Module):
         """
         first, *rest = self.layers
         columns = jnp.split(first.weight, np.cumsum([len(part) for part in parts])[:-1], axis=1)
-        x = first.bias + sum(weight @ part for weight, part in zip(columns, parts))
+        x = sum(part @ weight.T for weight, part in zip(columns, parts)) + first.bias
         for layer in rest:
-            x = layer(mish(x))
+            x = mish(x) @ layer.weight.T + layer.bias
         return x
 
 

@@ -113,6 +113,7 @@ def draw_paths(gym_id: str, cells, behaviour: Sequence[np.ndarray], policy: Sequ
         start, goal = (maze.cell_rowcol_to_xy(np.array(cell)) for cell in cells)
         ax.plot(*start, "o", color="tab:orange", markersize=9, label="start")
         ax.plot(*goal, "*", color="tab:red", markersize=15, label="goal")
+        ax.add_patch(plt.Circle(goal, GOAL_RADIUS, color="tab:red", fill=False, linestyle=":"))
         ax.set(title=f"{title}, {len(paths)} paths", aspect="equal", xticks=[], yticks=[])
         ax.set_xlim(-half * len(maze.maze_map[0]), half * len(maze.maze_map[0]))
         ax.set_ylim(-half * len(maze.maze_map), half * len(maze.maze_map))
