@@ -71,7 +71,13 @@ def check_args(args) -> None:
 
 
 def setup_jax() -> None:
-    """Keeps compiled programs in the user's cache folder, so that a second run of the same shape starts at once."""
+    """Settings that cost nothing and save time; what the user has set stays.
+
+    Compiled programs are kept in the user's cache folder, so that a second run of the same shape starts at once. On
+    CPUs with AVX-512, vectors of 512 bits halve the time of Mish (elsewhere the flag changes nothing).
+    """
+    if "xla_cpu_prefer_vector_width" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_prefer_vector_width=512"
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
