@@ -10,20 +10,19 @@
     act: select_action draws N actions and picks one with probability proportional to exp Q
 
 Run:  python algorithms/dql_baseline.py --env-id pointmaze-umaze --num-diffusion-steps 5 --beta-schedule vp
-      python algorithms/dql_baseline.py --dataset-id D4RL/pen/expert-v2 --num-updates 100000
 Its authors' own setting is --num-diffusion-steps 5 --beta-schedule vp, in antmaze but umaze with --max-q-backup.
 
-Differences from the paper (P) and from the code of Diffusion-QL (C):
+Differences from the paper (P) and from the authors' code (C):
+D1  P: a' comes from the target policy, as in C; Alg. 1 prints pi_theta.
 D3  P: the variance of DDPM is the posterior's, as in C; Eq. 4 has beta^k.
-D6  C replaces the gradient-norm clip of 5 by 1 to 10 for each task, silently.
+D6  C clips the gradient norm at 1 to 15, or not, by task; here at Table 3's 5.
 D8  C picks from 50 actions by the target critics; here from N = 10 by the online ones, as EDP.
-D15 C divides Q_i by the mean |Q| of the other critic; here by its own, as EDP.
+D16 C divides Q_i by the mean |Q| of the other critic; here by its own, as EDP.
 """
 
 # ------------------------------------------------------------------------------------------------------ imports
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -44,7 +43,7 @@ from common.tasks import RewardRule, with_domain_defaults
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Args:
-    """Diffusion-QL. Flags without a default take their domain's (Table 3); it is shown at the start of the run."""
+    """Flags without a default take that of their domain (Table 3); all are shown at the start of the run."""
 
     # Experiment
     env_id: str = "pointmaze-umaze"
@@ -117,9 +116,8 @@ class TrainState(NamedTuple):
 
 def make_optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """(the policy's, the other networks'): Adam after a clip of the global gradient norm."""
-    rate = args.learning_rate
+    clip, rate = optax.clip_by_global_norm(args.max_grad_norm), args.learning_rate
     policy_rate = optax.cosine_decay_schedule(rate, args.num_updates) if args.lr_decay else rate
-    clip = optax.clip_by_global_norm(args.max_grad_norm)
     return optax.chain(clip, optax.adam(policy_rate)), optax.chain(clip, optax.adam(rate))
 
 
@@ -134,9 +132,7 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
 
 
 # --------------------------------------------------------------------------------------------- diffusion policy
-class Corruption(NamedTuple):
-    """One draw of (k, noise) for a batch, and the policy's prediction of that noise."""
-
+class Corruption(NamedTuple):  # one draw for a batch, and the policy's prediction of its noise
     k: Int[Array, " batch"]
     noise: Float[Array, "batch act_dim"]
     noisy_action: Float[Array, "batch act_dim"]
@@ -157,17 +153,12 @@ def diffusion_loss(
 
 
 def sample_action(
-    policy: NoisePredictor,
-    obs: Float[Array, "batch obs_dim"],
-    key: PRNGKeyArray,
-    args: Args,
-    temperature: float = 1.0,
-    init_noise_scale: float = 1.0,
+    policy: NoisePredictor, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, args: Args, temperature=1, scale=1
 ) -> Float[Array, "batch act_dim"]:
     """a ~ pi_theta(. | s), Eq. 3, by DDPM."""
     init_key, key = jax.random.split(key)
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
-    noise = init_noise_scale * jax.random.normal(init_key, (len(obs), policy.act_dim))
+    noise = scale * jax.random.normal(init_key, (len(obs), policy.act_dim))
 
     def noise_fn(noisy_action, k):
         return temperature * jax.vmap(policy, in_axes=(0, 0, None))(obs, noisy_action, k)
@@ -179,7 +170,7 @@ def sample_action(
 def critic_target(
     target_critics: Critic, target_policy: NoisePredictor, batch: Dataset, key: PRNGKeyArray, args: Args
 ) -> Float[Array, " batch"]:
-    """Eq. 14: r + gamma (1 - terminal) min_i Q'_i(s', a'), a' ~ target policy."""
+    """Eq. 14: r + gamma (1 - terminal) min_i Q'_i(s', a'), a' ~ target policy (D1)."""
     num_actions = 10 if args.max_q_backup else 1  # of which each target critic takes its best
     next_obs = jnp.repeat(batch.next_obs, num_actions, axis=0)
     next_action = sample_action(target_policy, next_obs, key, args)
@@ -276,10 +267,9 @@ def train(args: Args) -> dict:
     args = with_domain_defaults(args, task.environment.domain)
     check_args(args)
     dataset, info = load_dataset(task, args.reward_rule, args.normalize_obs)
-    with Run(Path(__file__).stem, args, task, info) as run:
+    with Run(__file__, args, task, info) as run:
         evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes, info)
-        keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(jnp.array(run.seeds))
-        init_keys, train_keys, act_keys = keys[:, 0], keys[:, 1], keys[:, 2]
+        init_keys, train_keys, act_keys = run.keys(3)
         obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
         state = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))(init_keys)
         for start in range(0, args.num_updates, run.chunk):

@@ -10,7 +10,6 @@
     act: select_action draws N actions and picks one with probability proportional to exp Q
 
 Run:  python algorithms/edp_crr.py --env-id pointmaze-umaze --num-seeds 2
-      python algorithms/edp_crr.py --dataset-id D4RL/pen/expert-v2 --num-updates 100000
 
 Differences from the paper (P) and from the authors' code (C):
 D1  P: a' comes from the target policy, as in C; Alg. 1 prints pi_theta.
@@ -18,18 +17,17 @@ D2  P: approximated actions are clipped to [-1, 1], as in C, without gradient wh
 D3  P: the variance of DDPM is the posterior's, as in C; Eq. 4 has beta^k.
 D4  C truncates the solver's fractional step to clip its samples; here time is exact, and the last action clipped too.
 D5  C updates the policy by the critics from before their update; here by the new ones, as Alg. 1.
-D6  C replaces the gradient-norm clip of 5 by 1 to 10 for each task, silently.
+D6  C silently replaces the gradient-norm clip of 5 by 1 to 10 for each task.
 D7  C starts from LeCun-normal weights and zero biases; here both are uniform in +-1/sqrt(fan_in), as in PyTorch.
-D8  C defaults to K = 100 with DDPM, one learning rate and guidance for all tasks, N = 50; here Table 3, N = 10.
-D9  P: Eq. 21 prints min(Q_1 - Q_2) for min(Q_1, Q_2).
+D8  C defaults to K = 100 with DDPM, N = 50, one learning rate and guidance for all; here Table 3, N = 10.
 D10 P: Eq. 13 lacks the 1/2 of a Gaussian's log-density, which C has.
-D11 P: Eq. 12 divides by 1 - alpha_bar^{k-1}, 0 at k = 1; here 1 - alpha_bar^k, as in C, scaled to mean 1 over k.
+D11 P: Eq. 21 prints min(Q_1 - Q_2) for min(Q_1, Q_2).
+D12 P: Eq. 12 divides by 1 - alpha_bar^{k-1}, 0 at k = 1; here 1 - alpha_bar^k, as in C, scaled to mean 1 over k.
 """
 
 # ------------------------------------------------------------------------------------------------------ imports
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
@@ -51,7 +49,7 @@ from common.tasks import RewardRule, with_domain_defaults
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Args:
-    """EDP + CRR. Flags without a default take their domain's (Table 3); it is shown at the start of the run."""
+    """Flags without a default take that of their domain (Table 3); all are shown at the start of the run."""
 
     # Experiment
     env_id: str = "pointmaze-umaze"
@@ -118,8 +116,6 @@ class Args:
     """back up the best of 10 next actions, as Diffusion-QL in antmaze"""
     temperature: float = 1.0
     """divides the advantage in the weight (beta of Eq. 20)"""
-    max_weight: float = 20.0
-    """largest weight of a transition"""
     num_advantage_actions: int = 10
     """N of Eq. 21"""
     likelihood: Literal["mse", "elbo"] = "mse"
@@ -138,9 +134,8 @@ class TrainState(NamedTuple):
 
 def make_optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """(the policy's, the other networks'): Adam after a clip of the global gradient norm."""
-    rate = args.learning_rate
+    clip, rate = optax.clip_by_global_norm(args.max_grad_norm), args.learning_rate
     policy_rate = optax.cosine_decay_schedule(rate, args.num_updates) if args.lr_decay else rate
-    clip = optax.clip_by_global_norm(args.max_grad_norm)
     return optax.chain(clip, optax.adam(policy_rate)), optax.chain(clip, optax.adam(rate))
 
 
@@ -155,9 +150,7 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
 
 
 # --------------------------------------------------------------------------------------------- diffusion policy
-class Corruption(NamedTuple):
-    """One draw of (k, noise) for a batch, and the policy's prediction of that noise."""
-
+class Corruption(NamedTuple):  # one draw for a batch, and the policy's prediction of its noise
     k: Int[Array, " batch"]
     noise: Float[Array, "batch act_dim"]
     noisy_action: Float[Array, "batch act_dim"]
@@ -186,17 +179,12 @@ def approximate_action(corruption: Corruption, args: Args) -> Float[Array, "batc
 
 
 def sample_action(
-    policy: NoisePredictor,
-    obs: Float[Array, "batch obs_dim"],
-    key: PRNGKeyArray,
-    args: Args,
-    temperature: float = 1.0,
-    init_noise_scale: float = 1.0,
+    policy: NoisePredictor, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, args: Args, temperature=1, scale=1
 ) -> Float[Array, "batch act_dim"]:
     """a ~ pi_theta(. | s), Eq. 3, by DPM-Solver or DDPM."""
     init_key, key = jax.random.split(key)
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
-    noise = init_noise_scale * jax.random.normal(init_key, (len(obs), policy.act_dim))
+    noise = scale * jax.random.normal(init_key, (len(obs), policy.act_dim))
 
     def noise_fn(noisy_action, k):
         return temperature * jax.vmap(policy, in_axes=(0, 0, None))(obs, noisy_action, k)
@@ -228,17 +216,17 @@ def critic_loss(critics: Critic, target: Float[Array, " batch"], batch: Dataset)
 def advantage_weight(
     critics: Critic, approx_action: Float[Array, "batch act_dim"], batch: Dataset, key: PRNGKeyArray, args: Args
 ) -> Float[Array, " batch"]:
-    """Eq. 20 and 21: f = exp(A / temperature), A = min_i Q_i(s, a) - mean_n min_i Q_i(s, a_n), a_n ~ N(a-hat^0, I)."""
+    """Eq. 20, 21: min(20, e^(A / temperature)), A = min_i Q_i(s, a) - mean_n min_i Q_i(s, a_n), a_n ~ N(a-hat^0, I)."""
     noise = jax.random.normal(key, (args.num_advantage_actions, *approx_action.shape))
     q = twin_q(critics, batch.obs, batch.action).min(axis=0)
     sampled_q = jax.vmap(lambda noise: twin_q(critics, batch.obs, approx_action + noise).min(axis=0))(noise)
-    return jnp.minimum(jnp.exp((q - sampled_q.mean(axis=0)) / args.temperature), args.max_weight)
+    return jnp.minimum(jnp.exp((q - sampled_q.mean(axis=0)) / args.temperature), 20.0)
 
 
 def policy_loss(
     policy: NoisePredictor, critics: Critic, batch: Dataset, key: PRNGKeyArray, args: Args
 ) -> tuple[Float[Array, ""], dict]:
-    """Eq. 13 and 20: L_diff + eta mean f(s, a) |a - a-hat^0|^2 / 2 (D10), or Eq. 12 for its log-likelihood (D11)."""
+    """Eq. 13 and 20: L_diff + eta mean f(s, a) |a - a-hat^0|^2 / 2 (D10), or Eq. 12 for its log-likelihood (D12)."""
     diffusion_key, advantage_key = jax.random.split(key)
     diffusion, corruption = diffusion_loss(policy, batch, diffusion_key, args)
     action = approximate_action(corruption, args)
@@ -246,11 +234,10 @@ def policy_loss(
     if args.likelihood == "mse":
         negative_log_likelihood = jnp.sum((batch.action - action) ** 2, axis=1) / 2
     else:
-        schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
-        step_weight = schedule.beta / (2 * schedule.alpha * (1 - schedule.alpha_bar))
-        step_weight = jnp.asarray(step_weight / step_weight.mean())[corruption.k]
+        beta, alpha, alpha_bar, *_ = make_schedule(args.beta_schedule, args.num_diffusion_steps)
+        step_weight = beta / (2 * alpha * (1 - alpha_bar))
         squared_error = jnp.mean((corruption.noise - corruption.predicted_noise) ** 2, axis=1)
-        negative_log_likelihood = step_weight * squared_error
+        negative_log_likelihood = jnp.asarray(step_weight / step_weight.mean())[corruption.k] * squared_error
     guidance = jnp.mean(weight * negative_log_likelihood)
     loss = diffusion + args.eta * guidance
     metrics = {"policy_loss": loss, "diffusion_loss": diffusion, "guidance_loss": guidance, "weight": weight.mean()}
@@ -323,10 +310,9 @@ def train(args: Args) -> dict:
     args = with_domain_defaults(args, task.environment.domain)
     check_args(args)
     dataset, info = load_dataset(task, args.reward_rule, args.normalize_obs)
-    with Run(Path(__file__).stem, args, task, info) as run:
+    with Run(__file__, args, task, info) as run:
         evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes, info)
-        keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(jnp.array(run.seeds))
-        init_keys, train_keys, act_keys = keys[:, 0], keys[:, 1], keys[:, 2]
+        init_keys, train_keys, act_keys = run.keys(3)
         obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
         state = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))(init_keys)
         for start in range(0, args.num_updates, run.chunk):

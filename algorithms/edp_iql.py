@@ -17,19 +17,18 @@ Differences from the paper (P) and from the authors' code (C):
 D2  P: approximated actions are clipped to [-1, 1], as in C, without gradient where the clip is active.
 D3  P: the variance of DDPM is the posterior's, as in C; Eq. 4 has beta^k.
 D4  C truncates the solver's fractional step to clip its samples; here time is exact, and the last action clipped too.
-D6  C replaces the gradient-norm clip of 5 by 1 to 10 for each task, silently.
+D6  C silently replaces the gradient-norm clip of 5 by 1 to 10 for each task.
 D7  C starts from LeCun-normal weights and zero biases; here both are uniform in +-1/sqrt(fan_in), as in PyTorch.
-D8  C defaults to K = 100 with DDPM, one learning rate and guidance for all tasks, N = 50; here Table 3, N = 10.
+D8  C defaults to K = 100 with DDPM, N = 50, one learning rate and guidance for all; here Table 3, N = 10.
 D10 P: Eq. 13 lacks the 1/2 of a Gaussian's log-density, which C has.
-D12 P: V and the weight use the target critics, as in C and IQL's own code; Eq. 22 writes Q.
-D13 P: Eq. 22 prints L_2(Q) - V for L_2(Q - V).
-D14 C multiplies the advantage by 3: --temperature 0.3333.
+D13 P: V and the weight use the target critics, as in C and IQL's own code; Eq. 22 writes Q.
+D14 P: Eq. 22 prints L_2(Q) - V for L_2(Q - V).
+D15 C multiplies the advantage by 3: --temperature 0.3333.
 """
 
 # ------------------------------------------------------------------------------------------------------ imports
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
@@ -51,7 +50,7 @@ from common.tasks import RewardRule, with_domain_defaults
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Args:
-    """EDP + IQL. Flags without a default take their domain's (Table 3); it is shown at the start of the run."""
+    """Flags without a default take that of their domain (Table 3); all are shown at the start of the run."""
 
     # Experiment
     env_id: str = "pointmaze-umaze"
@@ -118,8 +117,6 @@ class Args:
     """tau of Eq. 22"""
     temperature: float = 1.0
     """divides the advantage in the weight (beta of Eq. 20)"""
-    max_weight: float = 100.0
-    """largest weight of a transition"""
 
 
 # ------------------------------------------------------------------------------------------------------- state
@@ -135,9 +132,8 @@ class TrainState(NamedTuple):
 
 def make_optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """(the policy's, the other networks'): Adam after a clip of the global gradient norm."""
-    rate = args.learning_rate
+    clip, rate = optax.clip_by_global_norm(args.max_grad_norm), args.learning_rate
     policy_rate = optax.cosine_decay_schedule(rate, args.num_updates) if args.lr_decay else rate
-    clip = optax.clip_by_global_norm(args.max_grad_norm)
     return optax.chain(clip, optax.adam(policy_rate)), optax.chain(clip, optax.adam(rate))
 
 
@@ -153,9 +149,7 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
 
 
 # --------------------------------------------------------------------------------------------- diffusion policy
-class Corruption(NamedTuple):
-    """One draw of (k, noise) for a batch, and the policy's prediction of that noise."""
-
+class Corruption(NamedTuple):  # one draw for a batch, and the policy's prediction of its noise
     k: Int[Array, " batch"]
     noise: Float[Array, "batch act_dim"]
     noisy_action: Float[Array, "batch act_dim"]
@@ -184,17 +178,12 @@ def approximate_action(corruption: Corruption, args: Args) -> Float[Array, "batc
 
 
 def sample_action(
-    policy: NoisePredictor,
-    obs: Float[Array, "batch obs_dim"],
-    key: PRNGKeyArray,
-    args: Args,
-    temperature: float = 1.0,
-    init_noise_scale: float = 1.0,
+    policy: NoisePredictor, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, args: Args, temperature=1, scale=1
 ) -> Float[Array, "batch act_dim"]:
     """a ~ pi_theta(. | s), Eq. 3, by DPM-Solver or DDPM."""
     init_key, key = jax.random.split(key)
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
-    noise = init_noise_scale * jax.random.normal(init_key, (len(obs), policy.act_dim))
+    noise = scale * jax.random.normal(init_key, (len(obs), policy.act_dim))
 
     def noise_fn(noisy_action, k):
         return temperature * jax.vmap(policy, in_axes=(0, 0, None))(obs, noisy_action, k)
@@ -206,7 +195,7 @@ def sample_action(
 
 # ------------------------------------------------------------------------------------------------------- losses
 def value_loss(value: Value, target_critics: Critic, batch: Dataset, args: Args) -> tuple[Float[Array, ""], dict]:
-    """Eq. 22: mean |expectile - 1(u < 0)| u^2 with u = min_i Q'_i(s, a) - V(s) (D12, D13)."""
+    """Eq. 22: mean |expectile - 1(u < 0)| u^2 with u = min_i Q'_i(s, a) - V(s) (D13, D14)."""
     v = jax.vmap(value)(batch.obs)
     error = twin_q(target_critics, batch.obs, batch.action).min(axis=0) - v
     loss = jnp.mean(jnp.where(error < 0, 1 - args.expectile, args.expectile) * error**2)
@@ -226,9 +215,9 @@ def critic_loss(critics: Critic, target: Float[Array, " batch"], batch: Dataset)
 
 
 def advantage_weight(value: Value, target_critics: Critic, batch: Dataset, args: Args) -> Float[Array, " batch"]:
-    """Eq. 20: f = exp(A / temperature), A = min_i Q'_i(s, a) - V(s) (D12)."""
+    """Eq. 20: f = min(100, e^(A / temperature)), A = min_i Q'_i(s, a) - V(s) (D13)."""
     advantage = twin_q(target_critics, batch.obs, batch.action).min(axis=0) - jax.vmap(value)(batch.obs)
-    return jnp.minimum(jnp.exp(advantage / args.temperature), args.max_weight)
+    return jnp.minimum(jnp.exp(advantage / args.temperature), 100.0)
 
 
 def policy_loss(
@@ -311,14 +300,12 @@ def train(args: Args) -> dict:
     """Trains and evaluates all seeds; returns the last score, OMS and RAT of each."""
     setup_jax()
     task = resolve_task(args.env_id, args.dataset_id)
-    domain = task.environment.domain
-    args = with_domain_defaults(args, domain, reward_rule=domain.iql_reward_rule)
+    args = with_domain_defaults(args, task.environment.domain, iql=True)
     check_args(args)
     dataset, info = load_dataset(task, args.reward_rule, args.normalize_obs)
-    with Run(Path(__file__).stem, args, task, info) as run:
+    with Run(__file__, args, task, info) as run:
         evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes, info)
-        keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(jnp.array(run.seeds))
-        init_keys, train_keys, act_keys = keys[:, 0], keys[:, 1], keys[:, 2]
+        init_keys, train_keys, act_keys = run.keys(3)
         obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
         state = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))(init_keys)
         for start in range(0, args.num_updates, run.chunk):

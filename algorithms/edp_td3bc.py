@@ -19,16 +19,15 @@ D2  P: approximated actions are clipped to [-1, 1], as in C, without gradient wh
 D3  P: the variance of DDPM is the posterior's, as in C; Eq. 4 has beta^k.
 D4  C truncates the solver's fractional step to clip its samples; here time is exact, and the last action clipped too.
 D5  C updates the policy by the critics from before their update; here by the new ones, as Alg. 1.
-D6  C replaces the gradient-norm clip of 5 by 1 to 10 for each task, silently.
+D6  C silently replaces the gradient-norm clip of 5 by 1 to 10 for each task.
 D7  C starts from LeCun-normal weights and zero biases; here both are uniform in +-1/sqrt(fan_in), as in PyTorch.
-D8  C defaults to K = 100 with DDPM, one learning rate and guidance for all tasks, N = 50; here Table 3, N = 10.
+D8  C defaults to K = 100 with DDPM, N = 50, one learning rate and guidance for all; here Table 3, N = 10.
 D9  C multiplies the guidance by 2: --eta 2.
 """
 
 # ------------------------------------------------------------------------------------------------------ imports
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
@@ -50,7 +49,7 @@ from common.tasks import RewardRule, with_domain_defaults
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Args:
-    """EDP + TD3+BC. Flags without a default take their domain's (Table 3); it is shown at the start of the run."""
+    """Flags without a default take that of their domain (Table 3); all are shown at the start of the run."""
 
     # Experiment
     env_id: str = "pointmaze-umaze"
@@ -131,9 +130,8 @@ class TrainState(NamedTuple):
 
 def make_optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """(the policy's, the other networks'): Adam after a clip of the global gradient norm."""
-    rate = args.learning_rate
+    clip, rate = optax.clip_by_global_norm(args.max_grad_norm), args.learning_rate
     policy_rate = optax.cosine_decay_schedule(rate, args.num_updates) if args.lr_decay else rate
-    clip = optax.clip_by_global_norm(args.max_grad_norm)
     return optax.chain(clip, optax.adam(policy_rate)), optax.chain(clip, optax.adam(rate))
 
 
@@ -148,9 +146,7 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
 
 
 # --------------------------------------------------------------------------------------------- diffusion policy
-class Corruption(NamedTuple):
-    """One draw of (k, noise) for a batch, and the policy's prediction of that noise."""
-
+class Corruption(NamedTuple):  # one draw for a batch, and the policy's prediction of its noise
     k: Int[Array, " batch"]
     noise: Float[Array, "batch act_dim"]
     noisy_action: Float[Array, "batch act_dim"]
@@ -179,17 +175,12 @@ def approximate_action(corruption: Corruption, args: Args) -> Float[Array, "batc
 
 
 def sample_action(
-    policy: NoisePredictor,
-    obs: Float[Array, "batch obs_dim"],
-    key: PRNGKeyArray,
-    args: Args,
-    temperature: float = 1.0,
-    init_noise_scale: float = 1.0,
+    policy: NoisePredictor, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, args: Args, temperature=1, scale=1
 ) -> Float[Array, "batch act_dim"]:
     """a ~ pi_theta(. | s), Eq. 3, by DPM-Solver or DDPM."""
     init_key, key = jax.random.split(key)
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
-    noise = init_noise_scale * jax.random.normal(init_key, (len(obs), policy.act_dim))
+    noise = scale * jax.random.normal(init_key, (len(obs), policy.act_dim))
 
     def noise_fn(noisy_action, k):
         return temperature * jax.vmap(policy, in_axes=(0, 0, None))(obs, noisy_action, k)
@@ -303,10 +294,9 @@ def train(args: Args) -> dict:
     args = with_domain_defaults(args, task.environment.domain)
     check_args(args)
     dataset, info = load_dataset(task, args.reward_rule, args.normalize_obs)
-    with Run(Path(__file__).stem, args, task, info) as run:
+    with Run(__file__, args, task, info) as run:
         evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes, info)
-        keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(jnp.array(run.seeds))
-        init_keys, train_keys, act_keys = keys[:, 0], keys[:, 1], keys[:, 2]
+        init_keys, train_keys, act_keys = run.keys(3)
         obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
         state = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))(init_keys)
         for start in range(0, args.num_updates, run.chunk):

@@ -86,10 +86,10 @@ def setup_jax() -> None:
 class Run:
     """The record of one run; a context manager that leaves a readable folder however the run ends."""
 
-    def __init__(self, algorithm: str, args, task: Task, info: DatasetInfo):
-        self.args, self.task, self.info, self.algorithm = args, task, info, algorithm
+    def __init__(self, script: str, args, task: Task, info: DatasetInfo):
+        self.args, self.task, self.info, self.algorithm = args, task, info, Path(script).stem
         self.seeds = list(range(args.seed, args.seed + args.num_seeds))
-        name = f"{task.env_id}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{task.env_id}__{self.algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.run_dir or Path("runs") / name)
         if self.folder.exists() and any(self.folder.iterdir()):
             raise SystemExit(f"The run directory {self.folder} is not empty; choose another --run-dir.")
@@ -103,7 +103,7 @@ class Run:
         self.scores: list[np.ndarray] = []  # by evaluation, each (seeds,): mean scores
         self.tracker = _start_wandb(name, args) if args.track else None
         self.header = {
-            "algorithm": algorithm,
+            "algorithm": self.algorithm,
             "args": dataclasses.asdict(args),
             "dataset": info.statistics,
             "versions": {"python": platform.python_version()}
@@ -112,7 +112,7 @@ class Run:
             "device": jax.devices()[0].device_kind,
         }
         (self.folder / "args.json").write_text(json.dumps(self.header, indent=2))
-        print(f"{algorithm} on {task.env_id} ({task.environment.domain.name} defaults), files in {self.folder}/")
+        print(f"{self.algorithm} on {task.env_id} ({task.environment.domain.name} defaults), files in {self.folder}/")
         print(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(args).items()), flush=True)
 
     def __enter__(self):
@@ -135,6 +135,11 @@ class Run:
             self.tracker.finish()
         if error_type is KeyboardInterrupt:
             raise SystemExit(f"Stopped; everything up to the last evaluation is in {self.folder}/.") from None
+
+    def keys(self, num: int) -> tuple[jax.Array, ...]:
+        """`num` independent keys for every seed, each (seeds,)."""
+        keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), num))(np.array(self.seeds))
+        return tuple(keys[:, i] for i in range(num))
 
     def log_metrics(self, update: int, metrics: dict[str, jax.Array]) -> None:
         """Records a chunk's metrics, each (updates, seeds), by their means. Exits if one is not finite."""

@@ -159,12 +159,12 @@ def task_of_dataset(dataset_id: str, env_spec: str | None) -> Task:
     return Task(name, known, (dataset_id,))
 
 
-def with_domain_defaults(args, domain: Domain, **renamed):
-    """`args` with every field that is None set to the domain's default; `renamed` replaces defaults.
+def with_domain_defaults(args, domain: Domain, iql: bool = False):
+    """`args` with every field that is None set to the domain's default; `iql` chooses IQL's reward rule.
 
     A run shorter than the domain's evaluation interval is evaluated once, at its end.
     """
-    defaults = domain._asdict() | renamed
+    defaults = domain._asdict() | ({"reward_rule": domain.iql_reward_rule} if iql else {})
     if args.num_updates is not None:
         defaults["eval_every"] = min(defaults["eval_every"], max(args.num_updates, 1))
     unset = [field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None]
