@@ -34,14 +34,14 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from common.data import Dataset, load_dataset, resolve_task
 from common.diffusion import ScheduleName, corrupt, ddpm_sample, make_schedule
 from common.dpm_solver import dpm_solver_sample
 from common.evaluation import Evaluator
 from common.networks import Critic, NoisePredictor, init_twin_critics, twin_q
-from common.run import Run, check_args, setup_jax
+from common.run import Run, setup
 from common.tasks import RewardRule, with_domain_defaults
 
 
@@ -205,7 +205,7 @@ def critic_target(
 def critic_loss(critics: Critic, target: Float[Array, " batch"], batch: Dataset) -> tuple[Float[Array, ""], dict]:
     """Eq. 6: the sum over both critics of mean (Q_i(s, a) - target)^2."""
     q = twin_q(critics, batch.obs, batch.action)
-    loss = jnp.sum(jnp.mean((q - jax.lax.stop_gradient(target)) ** 2, axis=1))
+    loss = jnp.sum(jnp.mean((q - jax.lax.stop_gradient(target)[None]) ** 2, axis=1))
     return loss, {"critic_loss": loss, "q": q.mean()}
 
 
@@ -262,7 +262,7 @@ def train_step(
 
 @partial(jax.jit, static_argnames="num_steps", donate_argnames="state")
 def train_chunk(
-    state: TrainState, start: Int[Array, ""], keys: PRNGKeyArray, dataset: Dataset, args: Args, num_steps: int
+    state: TrainState, start: Int[Array, ""], keys: Key[Array, " seeds"], dataset: Dataset, args: Args, num_steps: int
 ) -> tuple[TrainState, dict]:
     """Updates start + 1 to start + num_steps of all seeds; metrics are (num_steps, seeds)."""
 
@@ -289,10 +289,9 @@ def select_action(
 # --------------------------------------------------------------------------------------------------------- main
 def train(args: Args) -> dict:
     """Trains and evaluates all seeds; returns the last score, OMS and RAT of each."""
-    setup_jax()
+    setup(args)
     task = resolve_task(args.env_id, args.dataset_id)
     args = with_domain_defaults(args, task.environment.domain)
-    check_args(args)
     dataset, info = load_dataset(task, args.reward_rule, args.normalize_obs)
     with Run(__file__, args, task, info) as run:
         evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes, info)

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +87,10 @@ def resolve_task(env_id: str, dataset_id: str | None) -> Task:
 
 
 def _ensure_local(dataset_id: str) -> None:
-    path = get_dataset_path(dataset_id)
+    try:
+        path = get_dataset_path(dataset_id)
+    except OSError as error:
+        raise SystemExit(f"Cannot read datasets ({error}); set MINARI_DATASETS_PATH.") from None
     if (path / "data" / "metadata.json").exists():
         return
     if dataset_id in pointmaze.DATASETS:
@@ -95,13 +99,18 @@ def _ensure_local(dataset_id: str) -> None:
             pointmaze.make_dataset(dataset_id)
             _check_complete(dataset_id, folder)
         return
-    local = sorted(minari.list_local_datasets()) or ["none"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            local = sorted(minari.list_local_datasets()) or ["none"]
+        except Exception:
+            local = ["none"]
     help_text = (
         f"Download it where there is a network with `minari download {dataset_id}`, or choose a local dataset with "
         f"--dataset-id ({', '.join(local[:8])}{', ...' if len(local) > 8 else ''}), or run --env-id pointmaze-umaze, "
         f"which needs no download. Looked in {get_dataset_path()}; MINARI_DATASETS_PATH changes that."
     )
-    if path.exists():
+    if (path / "data").exists():
         raise SystemExit(
             f"Dataset {dataset_id} in {path} is incomplete (no data/metadata.json): remove it. {help_text}"
         )
@@ -197,10 +206,12 @@ def read_minari(dataset_id: str, environment: Environment) -> Transitions:
     try:
         if (folder / "fingerprint").read_text() == fingerprint:
             return Transitions(*(np.load(folder / f"{name}.npy") for name in Transitions._fields))
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         pass  # no cache yet, or one cut short
     try:
         transitions = _read_files(dataset_id, environment)
+    except ImportError as error:
+        raise SystemExit(f"Dataset {dataset_id} cannot be read: {error}.") from None
     except (OSError, KeyError, ValueError, IndexError) as error:
         raise SystemExit(_damaged(dataset_id, error)) from None
     try:
@@ -315,10 +326,13 @@ def shape_reward(reward: np.ndarray, returns: np.ndarray, rule: RewardRule) -> n
 def load_dataset(task: Task, reward_rule: RewardRule, normalize_obs: bool = False) -> tuple[Dataset, DatasetInfo]:
     """The task's data, ready to learn from. Prints its statistics; exits with a sentence if it is damaged."""
     environment = task.environment
-    transitions = relabel(_concatenate([read_minari(part, environment) for part in task.dataset_ids]), environment)
-    space = deserialize_space(_metadata(task.dataset_ids[0])["action_space"])
+    try:
+        space = deserialize_space(_metadata(task.dataset_ids[0])["action_space"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SystemExit(_damaged(task.dataset_ids[0], error)) from None
     if not isinstance(space, gymnasium.spaces.Box) or not space.is_bounded():
         raise SystemExit(f"Dataset {task.dataset_ids[0]} has the action space {space}; a bounded Box is needed.")
+    transitions = relabel(_concatenate([read_minari(part, environment) for part in task.dataset_ids]), environment)
 
     returns = behaviour_returns(transitions, environment)
     behaviour_score = float(normalized_score(environment, returns).mean())

@@ -59,8 +59,3 @@ class Evaluator:
             running = still_running
             t += 1
         return Episodes(returns, lengths, [np.array([*path, last]) for path, last in zip(paths, obs[0])])
-
-    def close(self) -> None:
-        for row in self.envs:
-            for env in row:
-                env.close()

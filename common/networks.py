@@ -50,7 +50,7 @@ class MLP(eqx.Module):
             eqx.nn.Linear(fan_in, fan_out, key=k) for fan_in, fan_out, k in zip(widths[:-1], widths[1:], keys)
         )
 
-    def __call__(self, *parts: Float[Array, " part"]) -> Float[Array, " out"]:
+    def __call__(self, *parts: Float[Array, " _"]) -> Float[Array, " out"]:
         """Maps the concatenation of `parts`.
 
         Each part meets its own columns of the first weight, so that what is shared (the observation by all solver

@@ -151,7 +151,10 @@ def task_of_dataset(dataset_id: str, env_spec: str | None) -> Task:
             f"Dataset {dataset_id} does not say which environment it was made in, so no policy can be evaluated."
         )
     spec = json.loads(env_spec)
-    known = next((e for key, e in ENVIRONMENTS.items() if spec["id"].rsplit("-", 1)[0].startswith(key)), None)
+    variant = spec["id"].rsplit("-", 1)[0]
+    known = next((e for key, e in ENVIRONMENTS.items() if variant.startswith(key)), None)
+    if "Dense" in variant or "Sparse" in variant:  # other rewards than the protocol's
+        known = None
     if known is None:
         return Task(name, Environment(OTHER, env_spec), (dataset_id,))
     if "tasks_to_complete" in spec["kwargs"]:  # kitchen: each dataset has its own four
@@ -162,13 +165,21 @@ def task_of_dataset(dataset_id: str, env_spec: str | None) -> Task:
 def with_domain_defaults(args, domain: Domain, iql: bool = False):
     """`args` with every field that is None set to the domain's default; `iql` chooses IQL's reward rule.
 
-    A run shorter than the domain's evaluation interval is evaluated once, at its end.
+    A run shorter than the domain's evaluation interval is evaluated once, at its end. Exits if the updates are no
+    multiple of the evaluation interval.
     """
     defaults = domain._asdict() | ({"reward_rule": domain.iql_reward_rule} if iql else {})
     if args.num_updates is not None:
         defaults["eval_every"] = min(defaults["eval_every"], max(args.num_updates, 1))
     unset = [field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None]
-    return dataclasses.replace(args, **{name: defaults[name] for name in unset if name in defaults})
+    args = dataclasses.replace(args, **{name: defaults[name] for name in unset if name in defaults})
+    if args.num_updates % args.eval_every:
+        multiple = max(args.num_updates // args.eval_every, 1) * args.eval_every
+        raise SystemExit(
+            f"--num-updates {args.num_updates} must be a multiple of --eval-every {args.eval_every}, so that the run "
+            f"ends with an evaluation; {multiple} is."
+        )
+    return args
 
 
 def normalized_score(environment: Environment, returns: np.ndarray) -> np.ndarray:

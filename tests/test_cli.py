@@ -267,6 +267,21 @@ def test_a_diverging_run_exits_naming_the_update_and_keeps_what_it_has(hopper_da
     assert (folder / "learning_curve.png").stat().st_size > 0
 
 
+def test_divergence_is_traced_to_its_update_and_seed(tmp_path, exit_sentence):
+    info = DatasetInfo({}, 0.0, -np.ones(3), np.ones(3), np.zeros(11), np.ones(11), [])
+    args = Args(**TINY | {"seed": 5}, run_dir=str(tmp_path / "run"))
+    losses = np.ones((10, 2), np.float32)  # (updates, seeds)
+    with Run("edp_td3bc", args, TASKS["hopper-medium"], info) as run:
+        run.log_metrics(10, {"policy_loss": jnp.array(losses)})
+        losses[3, 1] = np.nan
+        sentence = exit_sentence(run.log_metrics, 20, {"policy_loss": jnp.array(losses)})
+    assert "policy_loss is nan at update 14 of seed 6" in sentence
+    assert [(row["update"], row["seed"]) for row in rows_of(tmp_path / "run" / "metrics.csv")] == [
+        ("10", "5"),
+        ("10", "6"),
+    ]
+
+
 def test_the_picture_shows_real_positions_when_observations_are_normalized(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(common.run.pointmaze, "draw_paths", lambda *args: drawn.append(args))

@@ -14,7 +14,7 @@ from minari.data_collector import EpisodeBuffer
 from recording import record, record_hopper
 
 from common import data
-from common.data import Transitions, behaviour_returns, load_dataset, read_minari, resolve_task, shape_reward
+from common.data import Transitions, behaviour_returns, load_dataset, read_minari, relabel, resolve_task, shape_reward
 from common.environments import make_env, make_gym_env
 from common.tasks import ENVIRONMENTS, TASKS, Task, task_of_dataset
 
@@ -153,6 +153,18 @@ def test_pointmaze_is_relabelled_by_the_distance_of_the_next_position_to_the_goa
     np.testing.assert_array_equal(loaded.terminal, success)
     np.testing.assert_array_equal(loaded.reward, success - 1.0)
     assert info.behaviour_score == pytest.approx(100 * success.reshape(12, 40).any(axis=1).mean())
+
+
+def test_relabelling_looks_at_the_next_position_and_at_a_radius_of_045():
+    # The goal is at (-1, 1). Coming near it counts, leaving it does not, whatever the recorded reward.
+    positions = np.array([(3.0, 0.0), (-1.0, 1.44), (-1.46, 1.0), (-0.56, 1.0), (0.0, 0.0)], np.float32)
+    obs = np.pad(positions, ((0, 0), (0, 2)))
+    recorded = np.array([0, 1, 0, 1], np.float32)
+    transitions = Transitions(obs[:-1], np.zeros((4, 2)), recorded, obs[1:], np.zeros(4), np.array([4]))
+    relabelled = relabel(transitions, ENVIRONMENTS["PointMaze_UMaze"])
+    np.testing.assert_array_equal(relabelled.reward, [1, 0, 1, 0])
+    np.testing.assert_array_equal(relabelled.terminal, [1, 0, 1, 0])
+    assert relabelled.reward.dtype == relabelled.terminal.dtype == np.float32
 
 
 def transitions_of(rewards: list[list[float]], height: list[list[float]] | None = None) -> Transitions:

@@ -143,6 +143,11 @@ def test_an_unknown_environment_is_played_as_registered_with_actions_scaled_to_i
 # ----------------------------------------------------------------------------------------------------- protocols
 
 
+def spaces_of(environment: Environment) -> tuple[gymnasium.Space, gymnasium.Space]:
+    env = make_env(environment)
+    return env.observation_space, env.action_space
+
+
 @pytest.mark.parametrize(
     ("name", "horizon"),
     [
@@ -156,9 +161,9 @@ def test_an_unknown_environment_is_played_as_registered_with_actions_scaled_to_i
     ],
 )
 def test_doing_nothing_lasts_until_the_horizon(name, horizon):
-    env = make_env(ENVIRONMENTS[name])
-    _, length = rollout(env, 0, lambda obs, t: np.zeros((1, 1, *env.action_space.shape), np.float32))
-    assert length == horizon
+    (obs_size,), (act_size,) = (space.shape for space in spaces_of(ENVIRONMENTS[name]))
+    evaluate = Evaluator(ENVIRONMENTS[name], [0], 1, info_of(obs_size))
+    assert evaluate(lambda obs, t: np.zeros((1, 1, act_size), np.float32), 1).lengths == [[horizon]]
 
 
 def test_a_pen_that_is_held_is_evaluated_for_100_steps():

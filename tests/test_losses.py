@@ -23,6 +23,7 @@ from common.networks import NoisePredictor, Value, init_twin_critics
 
 SAME_CODE = {
     "make_optimizers": [edp_td3bc, edp_crr, edp_iql, dql_baseline],
+    "init_state": [edp_td3bc, edp_crr, dql_baseline],
     "diffusion_loss": [edp_td3bc, edp_crr, edp_iql, dql_baseline],
     "approximate_action": [edp_td3bc, edp_crr, edp_iql],
     "sample_action": [edp_td3bc, edp_crr, edp_iql],

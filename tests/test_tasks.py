@@ -251,9 +251,11 @@ def test_domain_defaults_fill_only_what_is_none():
     assert filled == SomeArgs(30_000, 10_000, 3e-5, 0.0, "normalize", None, 0.5)
 
 
-def test_domain_defaults_can_be_replaced_by_another_of_the_domain():
+def test_iql_has_its_own_reward_rule_unless_one_is_given():
     domain = TASKS["antmaze-umaze"].environment.domain
-    assert with_domain_defaults(SomeArgs(), domain, reward_rule=domain.iql_reward_rule).reward_rule == "iql_antmaze"
+    assert with_domain_defaults(SomeArgs(), domain).reward_rule == "cql_antmaze"
+    assert with_domain_defaults(SomeArgs(), domain, iql=True).reward_rule == "iql_antmaze"
+    assert with_domain_defaults(SomeArgs(reward_rule="none"), domain, iql=True).reward_rule == "none"
 
 
 def test_a_run_shorter_than_the_evaluation_interval_is_evaluated_at_its_end():
