@@ -32,11 +32,12 @@ def _mish_jvp(primals, tangents):
 
 
 def _mish_and_derivative(x):
-    n = jnp.exp(jnp.minimum(x, 20.0))  # beyond 20, tanh(softplus(x)) is 1 in float32 and float64 alike
+    bounded = jnp.minimum(x, 20.0)  # beyond 20, tanh(softplus(x)) is 1 in float32 and float64 alike
+    n = jnp.exp(bounded)
     w = n * (n + 2)
     reciprocal = 1 / (w + 2)
     gate = w * reciprocal
-    return x * gate, gate + x * (4 * n * (n + 1)) * reciprocal * reciprocal
+    return x * gate, gate + bounded * (4 * n * (n + 1)) * reciprocal * reciprocal
 
 
 class MLP(eqx.Module):

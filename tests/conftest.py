@@ -32,6 +32,14 @@ def sandbox(tmp_path_factory):
 
 
 @pytest.fixture
+def quick_compilation():
+    """For programs that run once, for milliseconds: without LLVM's costly passes they compile in half the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
 def datasets(tmp_path, monkeypatch):
     """An empty folder of Minari datasets, and an empty cache, for one test."""
     root = tmp_path / "minari"

@@ -9,6 +9,8 @@ import pytest
 
 from common.diffusion import Schedule, corrupt, ddpm_sample, make_schedule
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def numpy_step(schedule, i, x, predicted_noise, noise, clip):
     """One ancestral step from a^k to a^{k-1} at index i = k - 1, from alpha_bar and beta alone."""

@@ -13,6 +13,8 @@ import pytest
 from common.diffusion import make_schedule
 from common.dpm_solver import dpm_solver_sample, solver_orders
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 REFERENCE = np.load(Path(__file__).parent / "dpm_solver_reference.npz")
 CASES = json.loads(str(REFERENCE["cases"]))
 SCHEDULE = make_schedule("linear", 1000)

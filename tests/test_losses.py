@@ -1,13 +1,11 @@
 """The losses against float64 NumPy; networks are evaluated by JAX, random numbers drawn alike.
 
-A function with the same code in several algorithm files is tested in the first of them.
+A function that algorithm files share (tests/test_siblings.py compares their text) is tested in the first of them.
 """
 
-import ast
 import dataclasses
 from collections import Counter
 from functools import lru_cache
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -21,18 +19,8 @@ from common.data import Dataset
 from common.diffusion import corrupt, make_schedule
 from common.networks import NoisePredictor, Value, init_twin_critics
 
-SAME_CODE = {
-    "make_optimizers": [edp_td3bc, edp_crr, edp_iql, dql_baseline],
-    "init_state": [edp_td3bc, edp_crr, dql_baseline],
-    "diffusion_loss": [edp_td3bc, edp_crr, edp_iql, dql_baseline],
-    "approximate_action": [edp_td3bc, edp_crr, edp_iql],
-    "sample_action": [edp_td3bc, edp_crr, edp_iql],
-    "critic_target": [edp_td3bc, edp_crr, dql_baseline],
-    "critic_loss": [edp_td3bc, edp_crr, edp_iql, dql_baseline],
-    "train_step": [edp_td3bc, edp_crr, dql_baseline],
-    "train_chunk": [edp_td3bc, edp_crr, edp_iql, dql_baseline],
-    "select_action": [edp_td3bc, edp_crr, edp_iql, dql_baseline],
-}
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 OBS_DIM, ACT_DIM, BATCH, K = 3, 2, 24, 50
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, K) * 1000 / K)
 
@@ -120,21 +108,6 @@ def numpy_approximate_action(corruption):
     return (float64(corruption.noisy_action) - np.sqrt(1 - level) * float64(corruption.predicted_noise)) / np.sqrt(
         level
     )
-
-
-def code_of(module, name):
-    """The code of a function without its docstring."""
-    tree = ast.parse(Path(module.__file__).read_text())
-    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
-    return ast.unparse([*function.decorator_list, function.args, *function.body[1:]])
-
-
-@pytest.mark.parametrize("name", SAME_CODE)
-def test_files_that_share_a_function_have_the_same_code_for_it(name):
-    """So that what is shown of one file holds for all."""
-    first, *others = SAME_CODE[name]
-    for other in others:
-        assert code_of(other, name) == code_of(first, name), other.__name__
 
 
 # -------------------------------------------------------------------------------------------- diffusion policy
@@ -395,7 +368,7 @@ def test_crr_weight_is_eq_20_and_21(temperature):
 
 
 @pytest.mark.parametrize("likelihood", ["mse", "elbo"])
-def test_crr_policy_loss_is_eq_13_or_eq_12_weighted_without_gradient_through_the_weight(likelihood):
+def test_crr_policy_loss_is_eq_13_or_eq_12_weighted(likelihood):
     """L_diff + eta mean f / 2 |a - a-hat^0|^2, or with w_k mean (noise - eps_theta)^2, w_k of mean 1 over k."""
     batch, key, policy, critics = make_batch(), jax.random.key(13), make_policy(), make_critics()
     args = make_args(edp_crr, eta=0.7, likelihood=likelihood)
@@ -413,6 +386,24 @@ def test_crr_policy_loss_is_eq_13_or_eq_12_weighted_without_gradient_through_the
     np.testing.assert_allclose(metrics["guidance_loss"], np.mean(weight * energy), rtol=1e-3)
     np.testing.assert_allclose(loss, diffusion + 0.7 * np.mean(weight * energy), rtol=1e-3)
     np.testing.assert_allclose(metrics["weight"], weight.mean(), rtol=1e-3)
+
+
+def test_crr_weight_gives_no_gradient_although_it_depends_on_the_policy():
+    """The gradient is that of L_diff + eta mean f / 2 |a - a-hat^0|^2 with the numbers f held constant."""
+    batch, key, policy, critics = make_batch(), jax.random.key(16), make_policy(), make_critics()
+    args = make_args(edp_crr)
+    diffusion_key, advantage_key = jax.random.split(key)
+    _, _, action = numpy_corruption(policy, batch, diffusion_key, args)
+    weight = jax.jit(edp_crr.advantage_weight)(critics, jnp.float32(action), batch, advantage_key, args)
+
+    def loss(policy):
+        diffusion, corruption = edp_crr.diffusion_loss(policy, batch, diffusion_key, args)
+        distance = batch.action - edp_crr.approximate_action(corruption, args)
+        return diffusion + jnp.mean(weight * jnp.sum(distance**2, axis=1) / 2)
+
+    expected = jax.jit(jax.grad(loss))(policy)
+    result, _ = jax.jit(jax.grad(edp_crr.policy_loss, has_aux=True))(policy, critics, batch, key, args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), result, expected)
 
 
 # ------------------------------------------------------------------------------------ policy improvement: IQL
@@ -458,16 +449,18 @@ def test_iql_weight_is_eq_20(temperature):
     assert (expected.max() == 100) == (temperature == 0.1)
 
 
-def test_iql_policy_loss_is_eq_13_weighted():
+def test_iql_policy_loss_is_eq_13_weighted_without_gradient_through_the_weight():
     """L_diff + eta mean f / 2 |a - a-hat^0|^2."""
     batch, key, policy = make_batch(), jax.random.key(15), make_policy()
     weight = np.random.default_rng(3).uniform(0, 3, BATCH)
     args = make_args(edp_iql, eta=0.7)
     diffusion, _, action = numpy_corruption(policy, batch, key, args)
     expected = np.mean(weight * np.sum((float64(batch.action) - action) ** 2, axis=1) / 2)
-    loss, metrics = jax.jit(edp_iql.policy_loss)(policy, jnp.float32(weight), batch, key, args)
+    loss = jax.jit(jax.value_and_grad(edp_iql.policy_loss, argnums=1, has_aux=True))
+    (loss, metrics), gradient = loss(policy, jnp.float32(weight), batch, key, args)
     np.testing.assert_allclose(metrics["guidance_loss"], expected, rtol=1e-3)
     np.testing.assert_allclose(loss, diffusion + 0.7 * expected, rtol=1e-3)
+    np.testing.assert_array_equal(gradient, 0)
 
 
 @pytest.mark.parametrize("algorithm", [edp_td3bc, edp_crr, edp_iql], ids=["td3bc", "crr", "iql"])

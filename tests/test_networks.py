@@ -7,6 +7,8 @@ import pytest
 
 from common.networks import MLP, Critic, NoisePredictor, Value, init_twin_critics, mish, time_embedding, twin_q
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 OBS_DIM, ACT_DIM = 5, 3
 MODULES = {
     "policy": lambda key: NoisePredictor(OBS_DIM, ACT_DIM, key),

@@ -1,6 +1,6 @@
 """Updates, optimizers, seeds, acting and checkpoints.
 
-Where algorithm files share their code (tests/test_losses.py compares it), one of them stands for all.
+Where algorithm files share their text (tests/test_siblings.py compares it), one of them stands for all.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from common.run import load_checkpoint, save_checkpoint
 
 OBS_DIM, ACT_DIM, SIZE, SEEDS = 3, 2, 300, (0, 1, 2)
 MAX_GRAD_NORM = 0.01  # every gradient here is larger
+quick = pytest.mark.usefixtures("quick_compilation")
 
 
 def over(*modules):
@@ -110,6 +111,7 @@ def assert_trees_equal(actual, expected):
 
 
 # --------------------------------------------------------------------------------------------------- one update
+@quick
 @over(edp_td3bc, edp_iql)
 def test_targets_move_by_polyak_averaging_of_the_new_weights(algorithm):
     """Critic targets at every update; the policy's at update n if and only if n > 1000 and n % 5 == 0."""
@@ -135,6 +137,7 @@ def batch_of(key, size=32):
     return jax.tree.map(lambda array: array[index], make_dataset())
 
 
+@quick
 def test_policy_follows_the_critics_from_after_their_update():
     """Alg. 1: the critics go first, to the target networks' targets; the guidance comes from the new critics."""
     args, (state, key) = make_args(edp_td3bc), start_one(edp_td3bc)
@@ -153,6 +156,7 @@ def test_policy_follows_the_critics_from_after_their_update():
     np.testing.assert_allclose(metrics["guidance_loss"], losses[0], rtol=1e-3)
 
 
+@quick
 def test_iql_updates_value_then_policy_then_critics():
     """The weight and the critics' target use the new V; V and the weight use the target critics."""
     args, (state, key) = make_args(edp_iql), start_one(edp_iql)
@@ -168,6 +172,7 @@ def test_iql_updates_value_then_policy_then_critics():
         assert np.isclose(metrics["critic_loss"], loss, rtol=1e-4) == is_used
 
 
+@quick
 @over(edp_td3bc, edp_iql)
 def test_gradients_are_clipped_by_the_global_norm_of_each_network_and_of_both_critics_together(algorithm):
     """After the first update Adam's first moment is a tenth of the clipped gradient, whose norm is the limit."""
@@ -184,6 +189,7 @@ def test_gradients_are_clipped_by_the_global_norm_of_each_network_and_of_both_cr
     assert max(shares) < 0.1 * MAX_GRAD_NORM * 0.999
 
 
+@quick
 def test_gradients_within_the_limit_are_not_touched_and_larger_ones_keep_their_direction():
     """g min(1, max_grad_norm / |g|) with |g| over all leaves: not leaf by leaf, not element by element."""
     for optimizer in edp_td3bc.make_optimizers(make_args(edp_td3bc, max_grad_norm=5.0)):
@@ -262,8 +268,6 @@ def test_a_seed_trained_alone_is_the_seed_trained_with_others(run):
         solo, part = edp_td3bc.train_chunk(solo, first, keys, make_dataset(), make_args(edp_td3bc), 5)
         solo_metrics.append(part)
     solo_metrics = jax.tree.map(lambda *parts: np.concatenate(parts), *solo_metrics)
-    print({name: np.abs(solo_metrics[name][:, 0] - metrics[name][:, 1]).max() for name in metrics})
-    print([float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(one(solo)), jax.tree.leaves(one(state, 1)))])
     for name, values in metrics.items():
         np.testing.assert_allclose(solo_metrics[name][:, 0], values[:, 1], rtol=1e-4, atol=1e-5)
     for name in ("policy", "critics", "target_policy", "target_critics"):
@@ -284,6 +288,7 @@ def test_seeds_differ_in_every_initial_weight(algorithm):
             assert_trees_equal(getattr(state, f"target_{name}"), getattr(state, name))
 
 
+@quick
 def test_seeds_and_updates_differ_in_their_batches():
     """From equal weights, every seed and every update has another mean Q(s, a) over its batch."""
     state, _ = start_one(edp_td3bc)
@@ -316,6 +321,7 @@ def candidates(policy, obs, keys, step, args):
     return sample(policy, obs, keys)
 
 
+@quick
 def test_selection_from_one_action_is_plain_sampling():
     """N = 1: the policy's sample, whatever the critics say, and another one at another step."""
     (policy, critics, obs, keys), args = acting(), make_args(edp_td3bc)
@@ -325,6 +331,7 @@ def test_selection_from_one_action_is_plain_sampling():
     assert np.abs(edp_td3bc.select_action(policy, critics, obs, keys, 4, args) - action).max() > 0.01
 
 
+@quick
 def test_an_action_is_selected_with_probability_proportional_to_exp_of_the_smaller_q():
     """Alg. 2 with min(Q_1, Q_2): which rank is chosen how often, and how large a Q, over 3000 choices among 4."""
     policy, critics, obs, keys = acting(1000)
@@ -351,20 +358,13 @@ def test_an_action_is_selected_with_probability_proportional_to_exp_of_the_small
         return abs(z), np.sum((observed - expected) ** 2 / expected)
 
     z, chi_square = deviation(q.min(axis=0))
-    print(
-        np.unique(np.asarray(options).reshape(-1, 2), axis=0).shape,
-        q.std(axis=2).mean(),
-        z,
-        chi_square,
-        deviation(q.max(axis=0)),
-        deviation(q.mean(axis=0)),
-    )
     assert z < 4
     assert chi_square < 3 + 4 * np.sqrt(6)  # 3 degrees of freedom
     others = (q.max(axis=0), q.mean(axis=0), q[0], q[1], 1.5 * q.min(axis=0), 0.1 * q.min(axis=0))
     assert min(max(deviation(other)) for other in others) > 30  # which shows that the bounds are narrow
 
 
+@quick
 def test_policy_temperature_scales_the_predicted_noise_when_acting():
     """C.4: the same as a network whose output is scaled."""
     (policy, critics, obs, keys), args = acting(), make_args(edp_td3bc)
@@ -375,6 +375,7 @@ def test_policy_temperature_scales_the_predicted_noise_when_acting():
     assert np.abs(action - edp_td3bc.select_action(policy, critics, obs, keys, 0, args)).max() > 0.01
 
 
+@quick
 def test_no_initial_noise_makes_acting_deterministic():
     """C.4: with init_noise_scale 0 the solver starts from 0, so that the observation alone decides."""
     (policy, critics, obs, keys), args = acting(), make_args(edp_td3bc)
