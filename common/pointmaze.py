@@ -18,6 +18,7 @@ from common.environments import make_gym_env
 DATASETS = {f"edp/pointmaze/{name.lower()}-v0": f"PointMaze_{name}-v3" for name in ("UMaze", "Medium", "Large")}
 GOAL_RADIUS = 0.45  # of gymnasium-robotics' mazes
 NUM_STEPS = 100_000
+GIVE_UP = 0.01  # chance a step of walking to another goal instead: every corridor is walked both ways from everywhere
 EPISODE_STEPS = 500  # the endless walk is cut into episodes of this length
 
 
@@ -47,7 +48,8 @@ def next_cells(maze_map: Sequence[Sequence], goal: tuple[int, int]) -> dict[tupl
 
 
 def make_dataset(dataset_id: str, num_steps: int = NUM_STEPS, seed: int = 0) -> minari.MinariDataset:
-    """Writes one of `DATASETS`: a noisy point mass that walks from goal to goal, a new one drawn at each arrival."""
+    """Writes one of `DATASETS`: a noisy point mass that walks towards a goal until it arrives or gives up, and then to
+    the next."""
     env = make_gym_env(DATASETS[dataset_id], continuing_task=True, reset_target=True, max_episode_steps=num_steps + 1)
     maze, rng = env.unwrapped.maze, np.random.default_rng(seed)
     routes = {}  # by goal cell
@@ -60,12 +62,19 @@ def make_dataset(dataset_id: str, num_steps: int = NUM_STEPS, seed: int = 0) -> 
         for step in range(length):
             goal = tuple(int(i) for i in maze.cell_xy_to_rowcol(obs["desired_goal"]))
             cell = tuple(int(i) for i in maze.cell_xy_to_rowcol(obs["achieved_goal"]))
-            route = routes.setdefault(goal, next_cells(maze.maze_map, goal))
-            waypoint = obs["desired_goal"] if cell == goal else maze.cell_rowcol_to_xy(np.array(route[cell]))
+            if goal not in routes:
+                routes[goal] = next_cells(maze.maze_map, goal)
+            waypoint = obs["desired_goal"] if cell == goal else maze.cell_rowcol_to_xy(np.array(routes[goal][cell]))
             position, velocity = np.split(obs["observation"], 2)
             action = 10 * (waypoint - position) - velocity + 0.5 * rng.standard_normal(2)
             action = np.clip(action, -1, 1).astype(np.float32)
             obs, reward, _, _, _ = env.step(action)
+            if rng.random() < GIVE_UP:
+                env.unwrapped.goal = env.unwrapped.add_xy_position_noise(env.unwrapped.generate_target_goal())
+                env.unwrapped.update_target_site_pos()
+            obs["desired_goal"] = (
+                env.unwrapped.goal.copy()
+            )  # after an arrival the environment shows the old one once more
             observations.append(obs)
             steps.append((action, reward, False, step == length - 1))
         actions, rewards, terminations, truncations = (np.array(column) for column in zip(*steps))

@@ -78,15 +78,16 @@ def test_a_last_episode_may_be_shorter(datasets):
     assert [len(episode) for episode in dataset.iterate_episodes()] == [500, 10]
 
 
-def test_replaying_the_actions_gives_the_observations_and_rewards(datasets):
+def test_replaying_the_actions_gives_the_observations_and_rewards_follow_the_shown_goal(datasets):
     dataset = pointmaze.make_dataset(UMAZE, num_steps=600, seed=3)
     env = make_gym_env(MAZES[0], continuing_task=True, reset_target=True, max_episode_steps=601)
     obs, _ = env.reset(seed=3)
     for episode in dataset.iterate_episodes():
         for t, action in enumerate(episode.actions):
             np.testing.assert_allclose(obs["observation"], episode.observations["observation"][t], atol=1e-6)
-            obs, reward, *_ = env.step(action)
-            assert reward == episode.rewards[t]
+            obs, *_ = env.step(action)
+            distance = np.linalg.norm(obs["achieved_goal"] - episode.observations["desired_goal"][t])
+            assert episode.rewards[t] == (distance <= 0.45)
 
 
 def test_the_walk_visits_every_cell_and_goes_from_goal_to_goal(made_pointmaze, monkeypatch):
@@ -98,7 +99,8 @@ def test_the_walk_visits_every_cell_and_goes_from_goal_to_goal(made_pointmaze, m
     assert visited == {(1, 1), (1, 2), (1, 3), (2, 3), (3, 1), (3, 2), (3, 3)}
     goals = {tuple(goal) for episode in episodes for goal in episode.observations["desired_goal"]}
     assert len(goals) > 5
-    assert sum(episode.rewards.sum() for episode in episodes) >= len(goals) - 1
+    arrivals = sum(episode.rewards.sum() for episode in episodes)
+    assert len(goals) / 4 < arrivals < len(goals)  # the others were given up
 
 
 def test_the_dataset_is_a_function_of_its_seed(datasets):
