@@ -238,7 +238,6 @@ def train_chunk(
     state: TrainState, start: Int[Array, ""], keys: Key[Array, " seeds"], dataset: Dataset, args: Args, num_steps: int
 ) -> tuple[TrainState, dict]:
     """Updates start + 1 to start + num_steps of all seeds; metrics are (num_steps, seeds)."""
-
     step_of_all_seeds = jax.vmap(train_step, in_axes=(0, None, 0, None, None))
     steps = start + 1 + jnp.arange(num_steps)
     return jax.lax.scan(lambda state, step: step_of_all_seeds(state, step, keys, dataset, args), state, steps)
