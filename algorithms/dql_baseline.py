@@ -10,12 +10,12 @@
     act: select_action draws N actions and picks one with probability proportional to exp Q
 
 Run:  python algorithms/dql_baseline.py --env-id pointmaze-umaze --num-diffusion-steps 5 --beta-schedule vp
-Its authors' own setting is --num-diffusion-steps 5 --beta-schedule vp, in antmaze but umaze with --max-q-backup.
+Its authors' own chain is --num-diffusion-steps 5 --beta-schedule vp, in antmaze but umaze with --max-q-backup.
 
 Differences from the paper (P) and from the authors' code (C):
 D1  P: a' comes from the target policy, as in C; Alg. 1 prints pi_theta.
 D3  P: the variance of DDPM is the posterior's, as in C; Eq. 4 has beta^k.
-D6  C clips the gradient norm at 1 to 15, or not, by task; here at Table 3's 5.
+D6  C sets the gradient-norm clip (1 to 10) and eta (0.005 to 4.5) for each task; here Table 3.
 D8  C picks from 50 actions by the target critics; here from N = 10 by the online ones, as EDP.
 D16 C divides Q_i by the mean |Q| of the other critic; here by its own, as EDP.
 """
