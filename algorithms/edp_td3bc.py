@@ -53,9 +53,13 @@ class Args:
 
     # Experiment
     env_id: str = "pointmaze-umaze"
-    """the task; a wrong name lists the nearest known ones"""
+    """the task"""
+    list_envs: bool = False
+    """print every task with its data, protocol and settings, and stop"""
     dataset_id: str | None = None
     """any Minari dataset, remote or local; its own environment then replaces --env-id"""
+    dataset_path: str | None = None
+    """an original D4RL file (HDF5) of the task, in place of Minari's data"""
     reward_rule: RewardRule | None = None
     """how the dataset's rewards are shaped before learning"""
     normalize_obs: bool = False
@@ -181,10 +185,7 @@ def sample_action(
     init_key, key = jax.random.split(key)
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
     noise = scale * jax.random.normal(init_key, (len(obs), policy.act_dim))
-
-    def noise_fn(noisy_action, k):
-        return temperature * jax.vmap(policy, in_axes=(0, 0, None))(obs, noisy_action, k)
-
+    noise_fn = lambda noisy_action, k: temperature * jax.vmap(policy, in_axes=(0, 0, None))(obs, noisy_action, k)
     if args.sampler == "ddpm":
         return ddpm_sample(noise_fn, schedule, noise, key, clip=True)
     return dpm_solver_sample(noise_fn, schedule, noise, args.num_solver_calls, args.solver_order, clip=True)
@@ -289,7 +290,7 @@ def select_action(
 def train(args: Args) -> dict:
     """Trains and evaluates all seeds; returns the last score, OMS and RAT of each."""
     setup(args)
-    task = resolve_task(args.env_id, args.dataset_id)
+    task = resolve_task(args.env_id, args.dataset_id, args.dataset_path)
     args = with_domain_defaults(args, task.environment.domain)
     dataset, info = load_dataset(task, args.reward_rule, args.normalize_obs)
     with Run(__file__, args, task, info) as run:

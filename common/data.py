@@ -1,4 +1,4 @@
-"""Minari datasets as flat float32 arrays.
+"""Datasets, Minari's and D4RL's, as flat float32 arrays.
 
 MINARI_DATASETS_PATH, ~/.minari/datasets    the datasets, in Minari's own format (HDF5 or Arrow)
 $XDG_CACHE_HOME/edp, ~/.cache/edp           the flat arrays made from them, rebuilt when a dataset changes
@@ -14,7 +14,7 @@ import threading
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,9 @@ from minari.serialization import deserialize_space
 from minari.storage.datasets_root_dir import get_dataset_path
 
 from common import pointmaze
+from common.d4rl import d4rl_task, read_d4rl
 from common.tasks import Environment, RewardRule, Task, find_task, normalized_score, task_of_dataset
+from common.transitions import Transitions, behaviour_returns, concatenate, recorded_returns, relabel, shape_reward
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edp"
 ACTION_LIMIT = 0.999  # dataset actions are clipped to this, as in the official code
@@ -44,17 +46,6 @@ class Dataset(NamedTuple):
     reward: Float[Array, " size"]
     next_obs: Float[Array, "size obs_dim"]
     terminal: Float[Array, " size"]  # 1 where the task truly ended; a time-out is no end
-
-
-class Transitions(NamedTuple):
-    """The same as they were recorded, in host memory, episode after episode."""
-
-    obs: np.ndarray
-    action: np.ndarray
-    reward: np.ndarray
-    next_obs: np.ndarray
-    terminal: np.ndarray
-    episode_end: np.ndarray  # index after each episode's last transition
 
 
 class DatasetInfo(NamedTuple):
@@ -72,11 +63,19 @@ class DatasetInfo(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- finding
 
 
-def resolve_task(env_id: str, dataset_id: str | None) -> Task:
-    """The task of `--env-id`, or that of the environment in which `--dataset-id` was made.
+def resolve_task(env_id: str, dataset_id: str | None = None, dataset_path: str | None = None) -> Task:
+    """The task of `--env-id`, with D4RL's own data if a file is given, or that in which `--dataset-id` was made.
 
     Finds, makes (pointmaze) or downloads the data. Exits with a sentence if it cannot.
     """
+    if dataset_path is not None:
+        if dataset_id is not None:
+            raise SystemExit("Give --dataset-id (Minari) or --dataset-path (an original D4RL file), not both.")
+        task, path = find_task(env_id), Path(dataset_path).expanduser()
+        if not path.is_file():
+            raise SystemExit(f"There is no file {path}; --dataset-path names an original D4RL file (HDF5).")
+        with _refusing_damage(f"The file {path}"):
+            return d4rl_task(task, path)
     if dataset_id is None:
         task = find_task(env_id)
         for part in task.dataset_ids:
@@ -97,7 +96,8 @@ def _ensure_local(dataset_id: str) -> None:
         print(f"Making the dataset {dataset_id} in {path} (once, under a minute) ...", flush=True)
         with _staged(path) as folder:
             pointmaze.make_dataset(dataset_id)
-            _check_complete(dataset_id, folder)
+            if not (folder / "data" / "metadata.json").exists():
+                raise SystemExit(f"Dataset {dataset_id} could not be made.")
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -106,7 +106,8 @@ def _ensure_local(dataset_id: str) -> None:
         except Exception:
             local = ["none"]
     help_text = (
-        f"Download it where there is a network with `minari download {dataset_id}`, or choose a local dataset with "
+        f"Download it where there is a network with `minari download {dataset_id}`, or give D4RL's original file with "
+        f"--dataset-path{_d4rl_name(dataset_id)}, or choose a local dataset with "
         f"--dataset-id ({', '.join(local[:8])}{', ...' if len(local) > 8 else ''}), or run --env-id pointmaze-umaze, "
         f"which needs no download. Looked in {get_dataset_path()}; MINARI_DATASETS_PATH changes that."
     )
@@ -124,6 +125,14 @@ def _ensure_local(dataset_id: str) -> None:
     except Exception as error:  # the hub client's classes differ from version to version
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SystemExit(f"Dataset {dataset_id} could not be downloaded ({reason}). {help_text}") from None
+
+
+def _d4rl_name(dataset_id: str) -> str:
+    """For the one kind of data that Minari's remote does not have."""
+    namespace, _, name = dataset_id.partition("/")
+    if namespace != "mujoco" or "replay" not in name:
+        return ""
+    return f" ({name.split('/')[0]}_medium_replay-v2.hdf5; Minari's remote may have no medium-replay data)"
 
 
 @contextlib.contextmanager
@@ -175,45 +184,54 @@ def _hub_answers() -> bool:
 
 
 def _metadata(dataset_id: str) -> dict:
-    try:
-        return json.loads((get_dataset_path(dataset_id) / "data" / "metadata.json").read_text())
-    except (OSError, ValueError) as error:
-        raise SystemExit(_damaged(dataset_id, error)) from None
-
-
-def _damaged(dataset_id: str, reason) -> str:
     path = get_dataset_path(dataset_id)
-    return f"Dataset {dataset_id} in {path} is damaged ({reason}): remove it and download or make it again."
-
-
-def _check_complete(dataset_id: str, path: Path) -> None:
-    if not (path / "data" / "metadata.json").exists():
-        raise SystemExit(_damaged(dataset_id, "it has no metadata"))
+    with _refusing_damage(f"Dataset {dataset_id} in {path}"):
+        return json.loads((path / "data" / "metadata.json").read_text())
 
 
 # ------------------------------------------------------------------------------------------------------- reading
 
 
+def read_transitions(task: Task) -> Transitions:
+    """All of the task's recorded transitions, from the cache if their files have not changed since."""
+    if task.d4rl_file is not None:
+        path = task.d4rl_file.resolve()
+        with _refusing_damage(f"The file {path}"):
+            max_steps = task.environment.max_steps
+            return _cached(path.stem, path, [max_steps], lambda: read_d4rl(path, max_steps))
+    return concatenate([read_minari(part, task.environment) for part in task.dataset_ids])
+
+
 def read_minari(dataset_id: str, environment: Environment) -> Transitions:
     """All transitions of a local Minari dataset, from the cache if the dataset has not changed since."""
     source = get_dataset_path(dataset_id) / "data"
-    files = sorted(path for path in source.rglob("*") if path.is_file())
+    with _refusing_damage(f"Dataset {dataset_id} in {source.parent}"):
+        name, read = dataset_id.replace("/", "-"), lambda: _read_files(dataset_id, environment)
+        return _cached(name, source, environment.obs_keys, read)
+
+
+@contextlib.contextmanager
+def _refusing_damage(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise SystemExit(f"{name} cannot be read: {error}.") from None
+    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
+        raise SystemExit(f"{name} is damaged ({error}): remove it and download or make it again.") from None
+
+
+def _cached(name: str, source: Path, settings, read: Callable[[], Transitions]) -> Transitions:
+    """`read()`, or what it returned when the files at `source` and the settings were the same."""
+    files = sorted(path for path in [source, *source.rglob("*")] if path.is_file())
     state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    fingerprint = hashlib.sha256(json.dumps([state, environment.obs_keys, 1]).encode()).hexdigest()
-    folder = (
-        CACHE / "datasets" / f"{dataset_id.replace('/', '-')}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}"
-    )
+    fingerprint = hashlib.sha256(json.dumps([state, settings, 1]).encode()).hexdigest()
+    folder = CACHE / "datasets" / f"{name}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}"
     try:
         if (folder / "fingerprint").read_text() == fingerprint:
             return Transitions(*(np.load(folder / f"{name}.npy") for name in Transitions._fields))
     except (OSError, ValueError, EOFError):
         pass  # no cache yet, or one cut short
-    try:
-        transitions = _read_files(dataset_id, environment)
-    except ImportError as error:
-        raise SystemExit(f"Dataset {dataset_id} cannot be read: {error}.") from None
-    except (OSError, KeyError, ValueError, IndexError) as error:
-        raise SystemExit(_damaged(dataset_id, error)) from None
+    transitions = read()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=folder.parent))
@@ -263,81 +281,19 @@ def _read_files(dataset_id: str, environment: Environment) -> Transitions:
     return Transitions(**result, episode_end=np.array(ends))
 
 
-def _concatenate(parts: list[Transitions]) -> Transitions:
-    if len(parts) == 1:
-        return parts[0]
-    offsets = np.cumsum([0, *(len(part.reward) for part in parts[:-1])])
-    ends = np.concatenate([part.episode_end + offset for part, offset in zip(parts, offsets)])
-    arrays = (np.concatenate(arrays) for arrays in zip(*(part[:-1] for part in parts)))
-    return Transitions(*arrays, episode_end=ends)
-
-
 # ----------------------------------------------------------------------------------------------- from data to task
-
-
-def relabel(transitions: Transitions, environment: Environment) -> Transitions:
-    """Rewards and terminals as the evaluation task has them."""
-    if environment.fixed_goal:
-        goal = pointmaze.cell_centre(environment.gym_id, environment.cells[1])
-        distance = np.linalg.norm(transitions.next_obs[:, :2] - goal, axis=1)
-        transitions = transitions._replace(reward=np.float32(distance <= pointmaze.GOAL_RADIUS))
-    if environment.sparse:  # Minari's mazes pay 1 a step at the goal and never terminate
-        transitions = transitions._replace(terminal=np.float32(transitions.reward > 0))
-    return transitions
-
-
-def behaviour_returns(transitions: Transitions, environment: Environment) -> np.ndarray:
-    """Each episode's return under the evaluation protocol: its horizon, its end by a drop, what it counts."""
-    returns = []
-    starts = np.append(0, transitions.episode_end[:-1])
-    for start, end in zip(starts, transitions.episode_end):
-        if environment.max_steps is not None:
-            end = min(end, start + environment.max_steps)
-        if environment.drop_below is not None:
-            coordinate, threshold = environment.drop_below
-            dropped = transitions.next_obs[start:end, coordinate] < threshold
-            if dropped.any():
-                end = start + np.argmax(dropped) + 1
-        reward = transitions.reward[start:end]
-        returns.append(reward.max() if environment.return_is_max else reward.sum(dtype=np.float64))
-    return np.array(returns)
-
-
-def shape_reward(reward: np.ndarray, returns: np.ndarray, rule: RewardRule) -> np.ndarray:
-    """The reward that is learned from; `returns` are those of the episodes.
-
-    "none": r. "normalize": to [-1, 1] by its minimum and maximum. "cql_antmaze": 4 (r - 0.5). "iql_antmaze": r - 1.
-    "iql_locomotion": 1000 r / (max return - min return).
-    """
-    low, high = reward.min(), reward.max()
-    if low == high:
-        print(f"Warning: every reward of this dataset is {low:g}; there is nothing to tell good actions from bad.")
-    if rule == "normalize":
-        return 2 * (reward - low) / (high - low) - 1 if high > low else np.zeros_like(reward)
-    if rule == "cql_antmaze":
-        return 4 * (reward - 0.5)
-    if rule == "iql_antmaze":
-        return reward - 1
-    if rule == "iql_locomotion" and returns.max() > returns.min():
-        return reward * np.float32(1000 / (returns.max() - returns.min()))
-    return reward
 
 
 def load_dataset(task: Task, reward_rule: RewardRule, normalize_obs: bool = False) -> tuple[Dataset, DatasetInfo]:
     """The task's data, ready to learn from. Prints its statistics; exits with a sentence if it is damaged."""
     environment = task.environment
-    try:
-        space = deserialize_space(_metadata(task.dataset_ids[0])["action_space"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise SystemExit(_damaged(task.dataset_ids[0], error)) from None
-    if not isinstance(space, gymnasium.spaces.Box) or not space.is_bounded():
-        raise SystemExit(f"Dataset {task.dataset_ids[0]} has the action space {space}; a bounded Box is needed.")
-    transitions = relabel(_concatenate([read_minari(part, environment) for part in task.dataset_ids]), environment)
+    low, high = _action_limits(task)
+    transitions = relabel(read_transitions(task), environment)
 
     returns = behaviour_returns(transitions, environment)
     behaviour_score = float(normalized_score(environment, returns).mean())
     statistics = {
-        "dataset": " + ".join(task.dataset_ids),
+        "dataset": " + ".join(task.dataset_ids) or task.d4rl_file.name,
         "transitions": len(transitions.reward),
         "episodes": len(returns),
         "observation_dim": transitions.obs.shape[1],
@@ -355,9 +311,7 @@ def load_dataset(task: Task, reward_rule: RewardRule, normalize_obs: bool = Fals
         "Dataset: " + ", ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in statistics.items())
     )
 
-    low, high = space.low.astype(np.float32), space.high.astype(np.float32)
     action = 2 * (transitions.action - low) / (high - low) - 1
-    episode_returns = np.add.reduceat(transitions.reward, np.append(0, transitions.episode_end[:-1]), dtype=np.float64)
     obs, next_obs = transitions.obs, transitions.next_obs
     mean, std = np.zeros(obs.shape[1], np.float32), np.ones(obs.shape[1], np.float32)
     if normalize_obs:
@@ -371,9 +325,21 @@ def load_dataset(task: Task, reward_rule: RewardRule, normalize_obs: bool = Fals
     dataset = Dataset(
         obs=obs,
         action=np.clip(action, -ACTION_LIMIT, ACTION_LIMIT),
-        reward=shape_reward(transitions.reward, episode_returns, reward_rule),
+        reward=shape_reward(transitions.reward, recorded_returns(transitions), reward_rule),
         next_obs=next_obs,
         terminal=transitions.terminal,
     )
     info = DatasetInfo(statistics, behaviour_score, low, high, mean, std, positions)
     return jax.tree.map(jnp.asarray, dataset), info
+
+
+def _action_limits(task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """The bounds of the recorded actions' space. Exits unless it is a bounded Box."""
+    if task.d4rl_file is not None:
+        return np.full(1, -1, np.float32), np.full(1, 1, np.float32)  # all of D4RL's
+    dataset_id = task.dataset_ids[0]
+    with _refusing_damage(f"Dataset {dataset_id} in {get_dataset_path(dataset_id)}"):
+        space = deserialize_space(_metadata(dataset_id)["action_space"])
+    if not isinstance(space, gymnasium.spaces.Box) or not space.is_bounded():
+        raise SystemExit(f"Dataset {dataset_id} has the action space {space}; a bounded Box is needed.")
+    return space.low.astype(np.float32), space.high.astype(np.float32)

@@ -77,6 +77,10 @@ def make_env(environment: Environment) -> gymnasium.Env:
         env = gymnasium.wrappers.TransformObservation(
             env, lambda obs: np.concatenate([np.ravel(obs[key]) for key in keys]), space
         )
+    if environment.obs_columns or environment.obs_constants:
+        columns, constants = list(environment.obs_columns), np.array(environment.obs_constants)
+        space = gymnasium.spaces.Box(-np.inf, np.inf, (len(columns) + len(constants),))
+        env = gymnasium.wrappers.TransformObservation(env, lambda obs: np.append(obs[columns], constants), space)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the kitchen's bounds overflow when cast
         return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))

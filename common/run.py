@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from common.data import CACHE, DatasetInfo
 from common.diffusion import make_schedule
 from common.dpm_solver import solver_orders
 from common.evaluation import Episodes
-from common.tasks import Task, normalized_score
+from common.tasks import Task, describe_tasks, normalized_score
 
 PACKAGES = ("jax", "jaxlib", "equinox", "optax", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
 MIN_CHUNK, MAX_CHUNK = 100, 1000  # updates between two signs of life
@@ -44,6 +45,12 @@ def setup(args) -> None:
     Compiled programs are kept in the user's cache folder, so that a second run of the same shape starts at once. On
     CPUs with AVX-512, vectors of 512 bits halved the time of Mish where it was measured (one AMD EPYC).
     """
+    if args.list_envs:
+        try:
+            print(describe_tasks(), flush=True)
+        except BrokenPipeError:  # of `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit
     for field in dataclasses.fields(args):
         _check_value(field.name, getattr(args, field.name))
     if args.seed + args.num_seeds > 2**31:

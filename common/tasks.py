@@ -7,6 +7,7 @@ reference scores of D4RL), a *task* (an environment with its datasets, the unit 
 import dataclasses
 import difflib
 import json
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -50,6 +51,8 @@ class Environment(NamedTuple):
     sparse: bool = False  # reward 1 is success, and ends the task
     drop_below: tuple[int, float] | None = None  # the episode ends when this coordinate falls below this value
     return_is_max: bool = False  # the data repeats its reward: an episode is worth its largest, not its sum
+    obs_columns: tuple[int, ...] = ()  # which columns of the flat observation the policy sees; () are all
+    obs_constants: tuple[float, ...] = ()  # appended to every observation
 
 
 def _maze(domain: Domain, name: str, max_steps: int, start: tuple[int, int], goal: tuple[int, int], **fields):
@@ -95,11 +98,12 @@ ENVIRONMENTS = {
 
 
 class Task(NamedTuple):
-    """A learning problem: one environment, and the Minari datasets (concatenated) to learn it from."""
+    """A learning problem: an environment, and the Minari datasets (concatenated) or the D4RL file to learn it from."""
 
     env_id: str
     environment: Environment
     dataset_ids: tuple[str, ...]
+    d4rl_file: Path | None = None
 
 
 def _build_tasks() -> dict[str, Task]:
@@ -128,14 +132,44 @@ def _build_tasks() -> dict[str, Task]:
 TASKS = _build_tasks()
 
 
+def describe_tasks() -> str:
+    """The table, for people: what `--list-envs` prints."""
+    lines = []
+    domain = environment = None
+    for task in TASKS.values():
+        if task.environment.domain != domain:
+            domain = task.environment.domain
+            rule, iql_rule = domain.reward_rule, domain.iql_reward_rule
+            lines.append(
+                f"\n{domain.name}: learning rate {domain.learning_rate:g}, eta {domain.eta:g}, expectile "
+                f"{domain.expectile:g}, rewards {rule if rule == iql_rule else f'{rule} (IQL {iql_rule})'}, "
+                f"{domain.num_updates:,} updates, {domain.eval_episodes} episodes every {domain.eval_every:,}"
+            )
+        if task.environment != environment:
+            environment = task.environment
+            low, high = environment.reference
+            protocol = [f"{environment.max_steps} steps", f"score 0 at return {low:g}, 100 at {high:g}"]
+            if environment.obs_keys:
+                protocol.append("sees " + ", ".join(environment.obs_keys))
+            if environment.cells:
+                protocol.append("from cell {} to {}".format(*environment.cells))
+            if environment.drop_below:
+                protocol.append("ends when observation {} < {:g}".format(*environment.drop_below))
+            if "tasks_to_complete" in environment.kwargs:
+                protocol.append(", ".join(environment.kwargs["tasks_to_complete"]))
+            lines.append(f"  {environment.gym_id}: {'; '.join(protocol)}")
+        lines.append(f"    {task.env_id:<27}{' + '.join(task.dataset_ids)}")
+    return "\n".join(lines).lstrip()
+
+
 def find_task(env_id: str) -> Task:
     """The task that `--env-id` names. Exits with the nearest known names if there is none."""
     if env_id in TASKS:
         return TASKS[env_id]
     nearest = difflib.get_close_matches(env_id.lower(), TASKS, n=3, cutoff=0.3) or ["pointmaze-umaze"]
     raise SystemExit(
-        f"Unknown --env-id {env_id!r}: the nearest known ones are {', '.join(nearest)}; any Minari dataset can be used "
-        "with --dataset-id, for example --dataset-id D4RL/pen/expert-v2."
+        f"Unknown --env-id {env_id!r}: the nearest known ones are {', '.join(nearest)} (--list-envs shows all); any "
+        "Minari dataset can be used with --dataset-id, for example --dataset-id D4RL/pen/expert-v2."
     )
 
 

@@ -14,9 +14,10 @@ from minari.data_collector import EpisodeBuffer
 from recording import record, record_hopper
 
 from common import data
-from common.data import Transitions, behaviour_returns, load_dataset, read_minari, relabel, resolve_task, shape_reward
+from common.data import load_dataset, read_minari, resolve_task
 from common.environments import make_env, make_gym_env
 from common.tasks import ENVIRONMENTS, TASKS, Task, task_of_dataset
+from common.transitions import Transitions, behaviour_returns, relabel, shape_reward
 
 FORMATS = ["hdf5", "arrow"]
 

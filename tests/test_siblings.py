@@ -56,7 +56,7 @@ def test_every_flag_is_used(algorithm):
     plumbing = (FOLDER.parent / "common" / "run.py").read_text()
     for name in importlib.import_module(f"algorithms.{algorithm}").Args.__dataclass_fields__:
         assert f"args.{name}" in text + plumbing, name
-        assert f"args.{name}" in text or name in {"num_seeds", "run_dir", "track", "seed"}, name
+        assert f"args.{name}" in text or name in {"num_seeds", "run_dir", "track", "seed", "list_envs"}, name
 
 
 @pytest.mark.parametrize(("sibling", "most"), [("dql_baseline", 60), ("edp_crr", 55), ("edp_iql", 125)])

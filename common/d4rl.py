@@ -1,0 +1,86 @@
+"""D4RL's original files: flat arrays in one HDF5 file, read as D4RL's own `qlearning_dataset` reads them.
+
+Minari's datasets of the same names were recorded anew; the scores of the literature, the EDP paper's among them, are
+on these files. What differs from Minari's data, and so in evaluation:
+
+locomotion   recorded in -v2, whose dynamics Gymnasium keeps in -v4 (v5 changed them)
+antmaze      observations are 29 wide, without the goal; another ant (actuation, time step, a mirrored maze), which
+             Gymnasium does not have: policies are evaluated in Gymnasium's, and their scores do not compare
+kitchen      observations are 60 wide: the joints of the robot (9) and of the objects (21), and a constant goal (30)
+"""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from common.tasks import ADROIT, ANTMAZE, KITCHEN, LOCOMOTION, Task
+from common.transitions import Transitions
+
+FILE_HINT = "D4RL's files are flat, with observations, actions, rewards and terminals at the root"
+
+
+def d4rl_task(task: Task, path: Path) -> Task:
+    """`task` with the data of the file at `path`, and the environment that fits them. Exits if there is none."""
+    environment = task.environment
+    if environment.domain == LOCOMOTION:
+        environment = environment._replace(gym_id=environment.gym_id.replace("-v5", "-v4"))
+    elif environment.domain == ANTMAZE:
+        print("Note: D4RL's ant is not Gymnasium's, where the policy is evaluated: its scores do not compare.")
+        environment = environment._replace(obs_keys=("achieved_goal", "observation"), sparse=False)
+    elif environment.domain == KITCHEN:
+        columns = (*range(9), *range(18, 39))  # positions; Gymnasium's 59 hold velocities as well
+        environment = environment._replace(obs_columns=columns, obs_constants=_kitchen_goal(path))
+    elif environment.domain != ADROIT:
+        raise SystemExit(f"--dataset-path reads D4RL's files of the paper's tasks; --env-id {task.env_id} is not one.")
+    return task._replace(environment=environment, dataset_ids=(), d4rl_file=path)
+
+
+def read_d4rl(path: Path, max_steps: int) -> Transitions:
+    """The transitions of a D4RL file, as `qlearning_dataset` makes them.
+
+    The last sample is dropped, and so is each that ends an episode by time, even a terminal one: it has no successor.
+    Files without `timeouts` end an episode by time after `max_steps`; the count starts at 1 after a terminal, as
+    D4RL's does. `next_observations` are ignored. Raises OSError, KeyError or ValueError if the file is damaged.
+    """
+    with h5py.File(path, "r") as file:
+        obs = np.asarray(file["observations"], np.float32)
+        action = np.asarray(file["actions"], np.float32)
+        reward = np.asarray(file["rewards"], np.float32).ravel()
+        terminal = np.asarray(file["terminals"]).ravel().astype(bool)
+        timeout = np.asarray(file["timeouts"]).ravel().astype(bool) if "timeouts" in file else None
+    lengths = {len(array) for array in (obs, action, reward, terminal)} | {len(obs if timeout is None else timeout)}
+    if len(lengths) > 1 or obs.ndim != 2 or action.ndim != 2 or len(obs) < 2:
+        raise ValueError(f"its arrays have the lengths {sorted(lengths)}; {FILE_HINT}")
+    if timeout is None:
+        timeout = _count_timeouts(terminal, max_steps)
+    kept = np.flatnonzero(~timeout[:-1])
+    ends = np.flatnonzero((terminal | timeout)[:-1]) + 1
+    episode_end = np.unique(np.append(np.searchsorted(kept, ends), len(kept)))
+    return Transitions(
+        obs[kept],
+        action[kept],
+        reward[kept],
+        obs[kept + 1],
+        terminal[kept].astype(np.float32),
+        episode_end[episode_end > 0],
+    )
+
+
+def _count_timeouts(terminal: np.ndarray, max_steps: int) -> np.ndarray:
+    timeout, step = np.zeros(len(terminal), bool), 0
+    for i, is_terminal in enumerate(terminal):
+        if step == max_steps - 1:
+            timeout[i], step = True, 0
+        else:
+            step = 1 if is_terminal else step + 1
+    return timeout
+
+
+def _kitchen_goal(path: Path) -> tuple[float, ...]:
+    """The goal, which the observations of a file repeat."""
+    with h5py.File(path, "r") as file:
+        goal = np.asarray(file["observations"][:, 30:], np.float64)
+    if goal.shape[1] != 30 or not np.allclose(goal, goal[0]):
+        raise ValueError("kitchen observations are 60 wide, the last 30 the same in all")
+    return tuple(goal[0].tolist())
