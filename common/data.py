@@ -30,6 +30,7 @@ from minari.storage.datasets_root_dir import get_dataset_path
 
 from common import pointmaze
 from common.d4rl import d4rl_task, read_d4rl
+from common.devices import replicate
 from common.tasks import Environment, RewardRule, Task, find_task, normalized_score, task_of_dataset
 from common.transitions import Transitions, behaviour_returns, concatenate, recorded_returns, relabel, shape_reward
 
@@ -330,7 +331,7 @@ def load_dataset(task: Task, reward_rule: RewardRule, normalize_obs: bool = Fals
         terminal=transitions.terminal,
     )
     info = DatasetInfo(statistics, behaviour_score, low, high, mean, std, positions)
-    return jax.tree.map(jnp.asarray, dataset), info
+    return replicate(jax.tree.map(jnp.asarray, dataset)), info
 
 
 def _action_limits(task: Task) -> tuple[np.ndarray, np.ndarray]:

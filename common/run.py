@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from common import pointmaze
 from common.data import CACHE, DatasetInfo
+from common.devices import split_seeds
 from common.diffusion import make_schedule
 from common.dpm_solver import solver_orders
 from common.evaluation import Episodes
@@ -141,9 +142,9 @@ class Run:
             raise SystemExit(f"Stopped; everything up to the last evaluation is in {self.folder}/.") from None
 
     def keys(self, num: int) -> tuple[jax.Array, ...]:
-        """`num` independent keys for every seed, each (seeds,)."""
+        """`num` independent keys for every seed, each (seeds,) and split over the devices."""
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), num))(np.array(self.seeds))
-        return tuple(keys[:, i] for i in range(num))
+        return split_seeds(tuple(keys[:, i] for i in range(num)))
 
     def log_metrics(self, update: int, metrics: dict[str, jax.Array]) -> None:
         """Records a chunk's metrics, each (updates, seeds), by their means. Exits if one is not finite."""
