@@ -11,7 +11,7 @@ import minari
 import numpy as np
 import pytest
 from minari.data_collector import EpisodeBuffer
-from recording import record, record_hopper
+from recording import by_hand, goal_here, record, record_hopper
 
 from common import data
 from common.data import load_dataset, read_minari, resolve_task
@@ -20,22 +20,6 @@ from common.tasks import ENVIRONMENTS, TASKS, Task, task_of_dataset
 from common.transitions import Transitions, behaviour_returns, relabel, shape_reward
 
 FORMATS = ["hdf5", "arrow"]
-
-
-def by_hand(dataset_id: str, *keys: str) -> dict[str, np.ndarray]:
-    """The flat arrays, by Minari's own iteration."""
-    columns = {name: [] for name in Transitions._fields}
-    for episode in minari.load_dataset(dataset_id).iterate_episodes():
-        obs = episode.observations
-        obs = np.concatenate([obs[key] for key in keys], axis=1) if keys else obs
-        columns["obs"].append(obs[:-1])
-        columns["next_obs"].append(obs[1:])
-        columns["action"].append(episode.actions)
-        columns["reward"].append(episode.rewards)
-        columns["terminal"].append(episode.terminations)
-        columns["episode_end"].append([len(episode.rewards)])
-    arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
-    return arrays | {"episode_end": np.cumsum(arrays["episode_end"])}
 
 
 def assert_same(transitions: Transitions, expected: dict[str, np.ndarray]):
@@ -126,10 +110,6 @@ def test_an_action_space_that_is_no_box_exits_naming_it(datasets, exit_sentence)
 
 
 def test_antmaze_ends_where_it_is_paid(datasets):
-    def goal_here(env, episode):  # every third episode starts, and with so few steps stays, at its goal
-        if episode % 3 == 0:
-            env.unwrapped.goal = env.unwrapped.ant_env.data.qpos[:2].copy()
-
     env = make_gym_env("AntMaze_UMaze-v5", include_cfrc_ext_in_observation=False, max_episode_steps=4)
     dataset = record(env, "test/antmaze/random-v0", 6, prepare=goal_here)
     raw = by_hand(dataset.id, "observation")
