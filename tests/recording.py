@@ -1,5 +1,6 @@
 """Small real Minari datasets for tests, recorded with random actions."""
 
+import json
 from collections.abc import Sequence
 
 import gymnasium
@@ -8,6 +9,7 @@ import minari
 import numpy as np
 import pytest
 from minari.data_collector import EpisodeBuffer
+from minari.storage.datasets_root_dir import get_dataset_path
 
 from common.transitions import Transitions
 
@@ -24,7 +26,7 @@ def record(
         pytest.importorskip("pyarrow", reason="Minari reads Arrow datasets with pyarrow")
     rng = np.random.default_rng(seed)
     limits = [np.inf] * episodes if isinstance(episodes, int) else episodes
-    buffers = []
+    recorded = []
     for episode, limit in enumerate(limits):
         observations = [env.reset(seed=seed + episode)[0]]
         if prepare is not None:
@@ -39,16 +41,31 @@ def record(
                 (actions, rewards, terminations, truncations), (action, reward, terminated, truncated)
             ):
                 column.append(value)
-        buffers.append(
-            EpisodeBuffer(
-                observations=jax.tree.map(lambda *parts: np.stack(parts), *observations),
-                actions=np.array(actions),
-                rewards=np.array(rewards, np.float64),
-                terminations=np.array(terminations, bool),
-                truncations=np.array(truncations, bool),
-            )
+        recorded.append((observations, actions, rewards, terminations, truncations))
+    return write_dataset(dataset_id, env, recorded, data_format)
+
+
+def write_dataset(dataset_id: str, env: gymnasium.Env, episodes: list[tuple], data_format="hdf5"):
+    """Writes episodes, each (observations, actions, rewards, terminations, truncations): lists, one entry a step."""
+    stack = lambda steps: jax.tree.map(lambda *parts: np.stack(parts), *steps)
+    buffers = [
+        EpisodeBuffer(
+            observations=stack(observations),
+            actions=stack(actions),
+            rewards=np.array(rewards, np.float64),
+            terminations=np.array(terminations, bool),
+            truncations=np.array(truncations, bool),
         )
+        for observations, actions, rewards, terminations, truncations in episodes
+    ]
     return minari.create_dataset_from_buffers(dataset_id, buffers, env=env, data_format=data_format)
+
+
+def change_metadata(dataset_id: str, **changes) -> None:
+    """Overwrites entries of a local dataset's metadata; None removes one."""
+    file = get_dataset_path(dataset_id) / "data" / "metadata.json"
+    metadata = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in metadata.items() if value is not None}))
 
 
 def record_hopper(dataset_id="test/hopper/random-v0", num_episodes=12, data_format="hdf5", seed=0):

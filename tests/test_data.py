@@ -10,8 +10,7 @@ import h5py
 import minari
 import numpy as np
 import pytest
-from minari.data_collector import EpisodeBuffer
-from recording import by_hand, goal_here, record, record_hopper
+from recording import by_hand, change_metadata, goal_here, record, record_hopper
 
 from common import data
 from common.data import load_dataset, read_minari, resolve_task
@@ -84,26 +83,10 @@ def test_an_unknown_dict_observation_has_one_order_in_data_and_evaluation(datase
 
 def test_an_arrow_dataset_without_pyarrow_exits(datasets, monkeypatch, exit_sentence):
     dataset = record_hopper(num_episodes=2)
-    change_metadata(datasets, dataset.id, data_format="arrow")
+    change_metadata(dataset.id, data_format="arrow")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "minari.dataset._storages.arrow_storage", raising=False)
     assert "pyarrow" in exit_sentence(load, dataset.id)
-
-
-def test_an_action_space_that_is_no_box_exits_naming_it(datasets, exit_sentence):
-    env = gymnasium.make("CartPole-v1")
-    obs, _ = env.reset(seed=0)
-    episode = EpisodeBuffer(
-        observations=np.array([obs, env.step(0)[0]]),
-        actions=np.array([0]),
-        rewards=np.array([1.0]),
-        terminations=np.array([False]),
-        truncations=np.array([True]),
-    )
-    dataset = minari.create_dataset_from_buffers("test/cartpole/one-v0", [episode], env=env)
-    sentence = exit_sentence(load, dataset.id)
-    assert "Discrete" in sentence
-    assert "damaged" not in sentence
 
 
 # ----------------------------------------------------------------------------------------------- from data to task
@@ -327,11 +310,6 @@ def test_a_cache_that_cannot_be_written_is_done_without(datasets, tmp_path, monk
 # ------------------------------------------------------------------------------------------------ damage, absence
 
 
-def change_metadata(root, dataset_id: str, **changes):
-    file = root / dataset_id / "data" / "metadata.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
 def truncate_hdf5(folder):
     file = folder / "data" / "main_data.hdf5"
     os.truncate(file, file.stat().st_size // 2)
@@ -370,13 +348,10 @@ def test_a_damaged_dataset_exits_with_a_sentence_that_names_it(datasets, damage,
     assert dataset.id in exit_sentence(load, dataset.id)
 
 
-@pytest.mark.parametrize("key", ["action_space", "total_steps", "env_spec"])
+@pytest.mark.parametrize("key", ["action_space", "observation_space", "total_steps", "env_spec"])
 def test_metadata_without_a_key_exit_with_a_sentence(datasets, key, exit_sentence):
     dataset = record_hopper(num_episodes=2)
-    file = datasets / dataset.id / "data" / "metadata.json"
-    metadata = json.loads(file.read_text())
-    del metadata[key]
-    file.write_text(json.dumps(metadata))
+    change_metadata(dataset.id, **{key: None})
     assert dataset.id in exit_sentence(load, dataset.id)
 
 
