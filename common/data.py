@@ -193,7 +193,7 @@ def _hub_answers() -> bool:
 def _metadata(dataset_id: str) -> dict:
     path = get_dataset_path(dataset_id)
     with _refusing_damage(f"Dataset {dataset_id} in {path}"):
-        return json.loads((path / "data" / "metadata.json").read_text())
+        return dict(json.loads((path / "data" / "metadata.json").read_text()))
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -221,7 +221,7 @@ def read_minari(dataset_id: str, environment: Environment) -> Transitions:
 def _refusing_damage(name: str) -> Iterator[None]:
     try:
         yield
-    except (ImportError, NotImplementedError) as error:
+    except (ImportError, NotImplementedError, MemoryError) as error:
         raise SystemExit(f"{name} cannot be read: {_reason(error)}.") from None
     except (OSError, KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise SystemExit(f"{name} is damaged ({_reason(error)}): remove it and download or make it again.") from None
@@ -278,10 +278,10 @@ def _read_files(dataset_id: str, environment: Environment) -> Transitions:
                 shapes |= {"next_obs": shapes["obs"], "terminal": (size,)}
                 result = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
             start, end = end, end + len(action)
-            if {len(obs) - 1, len(episode["rewards"]), len(episode["terminations"])} != {len(action)}:
+            if {len(obs) - 1, len(episode["rewards"]), len(episode["terminations"])} != {len(action)} or not len(
+                action
+            ):
                 raise ValueError("an episode's columns do not fit together")  # NumPy would repeat one of length 1
-            if end == start:
-                continue
             result["obs"][start:end] = obs[:-1]
             result["next_obs"][start:end] = obs[1:]  # an episode of L steps has L + 1 observations, the last real
             result["action"][start:end] = action

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 
@@ -320,6 +321,21 @@ def lose_a_reward_column(folder):
         del file["episode_1/rewards"]
 
 
+def spoil(folder, column: str, value: float):
+    with h5py.File(folder / "data" / "main_data.hdf5", "r+") as file:
+        file[f"episode_1/{column}"][-1] = value
+
+
+def shorten(folder, *columns: str, steps: int = 2):
+    """Cuts episode 1 to two steps, of which some columns have one only: NumPy would write it twice."""
+    with h5py.File(folder / "data" / "main_data.hdf5", "r+") as file:
+        removed = len(file["episode_1/rewards"]) - steps
+        for column, array in file["episode_1"].items():
+            if column != "infos":
+                array.resize(steps + (column == "observations") - (column in columns), axis=0)
+    lengthen(folder, "total_steps", -removed)
+
+
 def lengthen(folder, key: str, by: int):
     file = folder / "data" / "metadata.json"
     metadata = json.loads(file.read_text())
@@ -338,6 +354,15 @@ DAMAGES = {
     "more steps promised": lambda folder: lengthen(folder, "total_steps", 5),
     "fewer steps promised": lambda folder: lengthen(folder, "total_steps", -5),
     "more episodes promised": lambda folder: lengthen(folder, "total_episodes", 1),
+    "more steps promised than there is memory for": lambda folder: lengthen(folder, "total_steps", 10**15),
+    "a reward that is no number": lambda folder: spoil(folder, "rewards", np.nan),
+    "an infinite action": lambda folder: spoil(folder, "actions", np.inf),
+    "a last observation that is no number": lambda folder: spoil(folder, "observations", np.nan),
+    "an observation too few": lambda folder: shorten(folder, "observations"),
+    "a reward too few": lambda folder: shorten(folder, "rewards"),
+    "a termination too few": lambda folder: shorten(folder, "terminations"),
+    "an episode without steps": lambda folder: shorten(folder, steps=0),
+    "metadata of another kind": lambda folder: (folder / "data" / "metadata.json").write_text("[]"),
 }
 
 
@@ -345,6 +370,34 @@ DAMAGES = {
 def test_a_damaged_dataset_exits_with_a_sentence_that_names_it(datasets, damage, exit_sentence):
     dataset = record_hopper(num_episodes=3)
     DAMAGES[damage](datasets / dataset.id)
+    assert dataset.id in exit_sentence(load, dataset.id)
+
+
+def test_two_steps_are_an_episode_if_nothing_is_missing(datasets):
+    dataset = record_hopper(num_episodes=3)
+    shorten(datasets / dataset.id)
+    assert np.diff(read_minari(dataset.id, ENVIRONMENTS["Hopper"]).episode_end)[0] == 2
+
+
+@pytest.mark.parametrize("part", ["1", "1/part-0.arrow"])
+def test_an_arrow_dataset_with_a_part_missing_exits(datasets, part, exit_sentence):
+    dataset = record_hopper(num_episodes=3, data_format="arrow")
+    path = datasets / dataset.id / "data" / part
+    shutil.rmtree(path) if path.is_dir() else os.truncate(path, path.stat().st_size // 2)
+    assert dataset.id in exit_sentence(load, dataset.id)
+
+
+@pytest.mark.parametrize("env_spec", ["{", "{}", "[]", '{"id": "Hopper-v5"}', '{"id": 5, "kwargs": {}}'])
+def test_a_damaged_description_of_the_environment_exits(datasets, env_spec, exit_sentence):
+    dataset = record_hopper(num_episodes=1)
+    change_metadata(dataset.id, env_spec=env_spec)
+    assert dataset.id in exit_sentence(load, dataset.id)
+
+
+@pytest.mark.parametrize("space", ["{", "{}", '{"type": "Sphere"}'])
+def test_a_damaged_description_of_a_space_exits(datasets, space, exit_sentence):
+    dataset = record_hopper(num_episodes=1)
+    change_metadata(dataset.id, observation_space=space)
     assert dataset.id in exit_sentence(load, dataset.id)
 
 
