@@ -278,9 +278,8 @@ def _read_files(dataset_id: str, environment: Environment) -> Transitions:
                 shapes |= {"next_obs": shapes["obs"], "terminal": (size,)}
                 result = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
             start, end = end, end + len(action)
-            if {len(obs) - 1, len(episode["rewards"]), len(episode["terminations"])} != {len(action)} or not len(
-                action
-            ):
+            lengths = {len(obs) - 1, len(action), len(episode["rewards"]), len(episode["terminations"])}
+            if len(lengths) > 1 or 0 in lengths:
                 raise ValueError("an episode's columns do not fit together")  # NumPy would repeat one of length 1
             result["obs"][start:end] = obs[:-1]
             result["next_obs"][start:end] = obs[1:]  # an episode of L steps has L + 1 observations, the last real

@@ -180,6 +180,8 @@ def test_behaviour_is_scored_as_the_evaluation_environment_scores_the_same_actio
         played.append(total)
     transitions = read_minari(dataset.id, ENVIRONMENTS["AdroitHandPen"])
     np.testing.assert_allclose(behaviour_returns(transitions, ENVIRONMENTS["AdroitHandPen"]), played, rtol=1e-4)
+    assert (transitions.next_obs[:, 26] < 0.075).any(), "the pen was dropped"
+    assert not load(dataset.id)[0].terminal.any(), "which ends no episode of Minari's data"
 
 
 REWARD = np.array([-1.0, 0.0, 1.0, 3.0], np.float32)
