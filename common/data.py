@@ -222,7 +222,7 @@ def read_minari(dataset_id: str, environment: Environment) -> Transitions:
 def _refusing_damage(name: str) -> Iterator[None]:
     try:
         yield
-    except (ImportError, NotImplementedError, MemoryError) as error:
+    except (ImportError, MemoryError) as error:
         raise SystemExit(f"{name} cannot be read: {_reason(error)}.") from None
     except (OSError, KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise SystemExit(f"{name} is damaged ({_reason(error)}): remove it and download or make it again.") from None

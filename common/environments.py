@@ -74,6 +74,8 @@ def make_env(environment: Environment) -> gymnasium.Env:
     gym_id, kwargs = environment.gym_id, dict(environment.kwargs)
     if gym_id.startswith("{"):
         gym_id = gymnasium.envs.registration.EnvSpec.from_json(gym_id)
+        if not 0 < (gym_id.max_episode_steps or 0) <= 10_000:  # endless, to record in: an evaluation would not end
+            kwargs["max_episode_steps"] = 1000
     if environment.max_steps is not None:
         kwargs["max_episode_steps"] = environment.max_steps
     env = make_gym_env(gym_id, **kwargs)

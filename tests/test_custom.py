@@ -14,6 +14,7 @@ from algorithms.edp_td3bc import Args, train
 from common.data import load_dataset, resolve_task
 from common.environments import make_env, make_gym_env
 from common.evaluation import Evaluator
+from common.tasks import task_of_dataset
 
 UNIT = Box(-1, 1, (2,))
 SCALED = Box(np.array([-2, 0], np.float32), np.array([3, 1], np.float32))
@@ -72,6 +73,10 @@ def make(**kwargs) -> gymnasium.Env:
     return gymnasium.make("Custom-v0", disable_env_checker=True, **kwargs)
 
 
+def spec_of(env: gymnasium.Env, **changes) -> str:
+    return json.dumps(json.loads(env.spec.to_json()) | changes)
+
+
 def load(dataset_id="test/custom/random-v0"):
     return load_dataset(resolve_task("", dataset_id), "none")
 
@@ -118,6 +123,15 @@ def test_it_is_trained_and_evaluated_with_raw_returns(datasets, tmp_path, quick_
     assert results["last"] == pytest.approx([np.mean([float(row["return"]) for row in rows])])
 
 
+@pytest.mark.parametrize("max_episode_steps", [None, 1_000_000])
+def test_an_environment_without_an_end_is_evaluated_for_1000_steps(max_episode_steps):
+    env_spec = spec_of(make(), max_episode_steps=max_episode_steps)
+    env = make_env(task_of_dataset("test/custom/random-v0", env_spec).environment)
+    env.reset(seed=0)
+    ends = [env.step(np.zeros(2, np.float32))[3] for _ in range(1000)]
+    assert ends == [False] * 999 + [True]
+
+
 # ------------------------------------------------------------------------------------------------------ refusals
 
 
@@ -151,10 +165,6 @@ def test_a_known_dict_observation_that_was_recorded_flat_exits(datasets, exit_se
     env = make_gym_env("AntMaze_UMaze-v4", max_episode_steps=3)
     dataset = record(gymnasium.wrappers.FlattenObservation(env), "test/antmaze/flat-v0", 1)
     assert "achieved_goal, observation, desired_goal" in exit_sentence(load, dataset.id)
-
-
-def spec_of(env: gymnasium.Env, **changes) -> str:
-    return json.dumps(json.loads(env.spec.to_json()) | changes)
 
 
 @pytest.mark.parametrize(
