@@ -18,8 +18,8 @@ writes benchmarks/results/speed-<name>.json, with every repeat, and a chart besi
 
 A speed is the median of its repeats; compilation is never inside, and never from the cache but in `startup`. The limit
 of the machine is the rate of a chain of 256x256x256 float32 products, timed in turn with the repeats. "of limit" is the
-time that the matrix products of an update would take at that rate, as a share of what the update takes; "XLA/counted" is
-XLA's own count of operations, which includes elementwise ones, over the count of products used here.
+time that the matrix products of an update would take at that rate, as a share of what the update takes; "XLA/counted"
+is XLA's own count of operations, which includes elementwise ones, over the count of products used here.
 
 The paper does not say with which K it made Fig. 2. Diffusion-QL and EDP w/o DPM act equally fast there, so it was the
 same for both: taken to be K = 100, as in Table 7. EDP w/o DPM is measured with the K = 1000 of the paper's EDP as well.
@@ -45,6 +45,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -223,16 +224,29 @@ class Timer:
         return row if flops is None else row | {"flops": flops, "of_limit": flops * median / limit}
 
 
-def make_inputs(entry: Entry, obs_dim: int, act_dim: int, size: int, **flags):
-    """(module, its arguments, training state, keys, dataset) with locomotion's settings and random numbers."""
+def make_args(entry: Entry, **flags):
+    """The algorithm's arguments, with locomotion's defaults."""
     module = importlib.import_module(f"algorithms.{entry.algorithm}")
-    a = with_domain_defaults(module.Args(**(entry.flags | flags)), LOCOMOTION, iql=entry.algorithm.endswith("iql"))
-    state_key, *keys = jax.random.split(jax.random.key(0), 6)
+    return with_domain_defaults(module.Args(**(entry.flags | flags)), LOCOMOTION, iql=entry.algorithm.endswith("iql"))
+
+
+@lru_cache
+def initial_state(algorithm: str, obs_dim: int, act_dim: int):
+    """Of one seed, in host memory; no flag that is varied here changes it, and compiling it anew would take seconds."""
+    module, a = importlib.import_module(f"algorithms.{algorithm}"), make_args(Entry("", algorithm, {}))
+    return jax.device_get(jax.jit(lambda key: module.init_state(key, obs_dim, act_dim, a))(jax.random.key(0)))
+
+
+def make_inputs(entry: Entry, obs_dim: int, act_dim: int, size: int, **flags):
+    """(module, its arguments, training state, keys, dataset) of random numbers."""
+    module, a = importlib.import_module(f"algorithms.{entry.algorithm}"), make_args(entry, **flags)
     shapes = Dataset((size, obs_dim), (size, act_dim), (size,), (size, obs_dim), (size,))
-    dataset = Dataset(*(jax.random.uniform(key, shape, minval=-1) for key, shape in zip(keys, shapes)))
-    keys = jax.random.split(state_key, a.num_seeds)
-    state = jax.jit(jax.vmap(lambda key: module.init_state(key, obs_dim, act_dim, a)))(keys)
-    return module, a, state, keys, dataset._replace(terminal=jnp.float32(dataset.terminal > 0.99))
+    rng = np.random.default_rng(0)
+    dataset = Dataset(*(jnp.asarray(rng.uniform(-1, 1, shape), jnp.float32) for shape in shapes))
+    keys = jax.random.wrap_key_data(rng.integers(2**32, size=(a.num_seeds, 2), dtype=np.uint32))
+    repeat = lambda leaf: jnp.asarray(np.repeat(np.asarray(leaf)[None], a.num_seeds, axis=0))
+    state = jax.tree.map(repeat, initial_state(entry.algorithm, obs_dim, act_dim))
+    return module, a, state, keys, dataset._replace(terminal=jnp.zeros(size))
 
 
 def measure_updates(timer: Timer, entry: Entry, dataset_size: int, **flags) -> dict:
