@@ -117,13 +117,15 @@ def make_entries(args: Args) -> dict[str, Entry]:
     entries = {
         "dql": Entry("Diffusion-QL, K = 100", "dql_baseline", paper_k),
         "edp_no_ap": Entry("EDP w/o AP", "edp_td3bc", {**dpm, "action_approx": False}),
-        "edp_td3bc": Entry("EDP + TD3+BC", "edp_td3bc", dpm, f"DPM-Solver, {args.solver_calls} calls"),
-        "edp_crr": Entry("EDP + CRR", "edp_crr", dpm),
-        "edp_iql": Entry("EDP + IQL", "edp_iql", dpm),
     }
     for k in args.ddpm_steps:
         flags = {"sampler": "ddpm", "num_diffusion_steps": k}
         entries[f"edp_no_dpm_{k}"] = Entry(f"EDP w/o DPM, K = {k}", "edp_td3bc", flags, f"DDPM, K = {k}")
+    entries |= {
+        "edp_td3bc": Entry("EDP + TD3+BC", "edp_td3bc", dpm, f"DPM-Solver, {args.solver_calls} calls"),
+        "edp_crr": Entry("EDP + CRR", "edp_crr", dpm),
+        "edp_iql": Entry("EDP + IQL", "edp_iql", dpm),
+    }
     if importlib.util.find_spec("algorithms.td3bc"):
         entries["td3bc"] = Entry("TD3+BC, feed-forward", "td3bc", {}, "feed-forward")
     unknown = [name for name in args.only if name not in entries]
@@ -531,7 +533,8 @@ def draw_chart(results: dict, peers: dict | None, file: Path) -> None:
     if seeds:
         numbers, speeds = np.array(sorted((row["num_seeds"], row["num_seeds"] * row["per_second"]) for row in seeds)).T
         right.plot(numbers, speeds, "o-")
-        right.set(xlabel="seeds in one program", ylabel="updates per second, all seeds together", ylim=(0, None))
+        right.set(xlabel="seeds in one program", ylabel="updates per second, all seeds", ylim=(0, 1.1 * speeds.max()))
+        right.set_xticks(numbers)
         right.set_title("EDP + TD3+BC", fontsize="medium")
     figure.savefig(file, dpi=150)
     plt.close(figure)
