@@ -19,6 +19,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import equinox as eqx
@@ -84,6 +85,11 @@ def _check_value(name: str, value) -> None:
         allowed, condition = "positive", 0 < value < np.inf
     if not condition:
         raise SystemExit(f"{flag} must be {allowed}, but is {value}.")
+
+
+def init_seeds(init: Callable, keys: jax.Array):
+    """`init` of every seed's key. Compiled without optimisation, in half the time: it runs once, for milliseconds."""
+    return jax.jit(jax.vmap(init), compiler_options={"xla_backend_optimization_level": 0})(keys)
 
 
 class Run:
