@@ -34,7 +34,15 @@ from common.d4rl import d4rl_task, read_d4rl
 from common.devices import replicate
 from common.environments import make_env, observation_parts
 from common.tasks import Environment, RewardRule, Task, find_task, normalized_score, task_of_dataset
-from common.transitions import Transitions, behaviour_returns, concatenate, recorded_returns, relabel, shape_reward
+from common.transitions import (
+    Transitions,
+    behaviour_returns,
+    best_episodes,
+    concatenate,
+    recorded_returns,
+    relabel,
+    shape_reward,
+)
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edp"
 ACTION_LIMIT = 0.999  # dataset actions are clipped to this, as in the official code
@@ -296,8 +304,13 @@ def _read_files(dataset_id: str, environment: Environment) -> Transitions:
 # ----------------------------------------------------------------------------------------------- from data to task
 
 
-def load_dataset(task: Task, reward_rule: RewardRule, normalize_obs: bool = False) -> tuple[Dataset, DatasetInfo]:
-    """The task's data, ready to learn from. Prints its statistics; exits with a sentence if it is damaged."""
+def load_dataset(
+    task: Task, reward_rule: RewardRule, normalize_obs: bool = False, top_fraction: float = 1.0
+) -> tuple[Dataset, DatasetInfo]:
+    """The task's data, ready to learn from. Prints its statistics; exits with a sentence if it is damaged.
+
+    `top_fraction` keeps that part of the episodes, those worth most in evaluation; statistics are those of all.
+    """
     environment = task.environment
     low, high = _action_limits(task)
     transitions = relabel(read_transitions(task), environment)
@@ -320,6 +333,9 @@ def load_dataset(task: Task, reward_rule: RewardRule, normalize_obs: bool = Fals
         "action_max": float(transitions.action.max()),
         "reward_rule": reward_rule,
     }
+    if top_fraction < 1:
+        transitions = best_episodes(transitions, returns, top_fraction)
+        statistics |= {"kept_transitions": len(transitions.reward), "kept_episodes": len(transitions.episode_end)}
     print(
         "Dataset: " + ", ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in statistics.items())
     )

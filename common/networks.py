@@ -1,4 +1,4 @@
-"""The three networks of the EDP paper (Sec. 5): noise predictor, critic and value function.
+"""The networks of the EDP paper (Sec. 5), noise predictor, critic and value function, and its feed-forward policies.
 
 Modules act on one example; callers `jax.vmap` over the batch. Every leaf of a module is a trainable array (the
 activation is called in `__call__`, not stored), so plain jax.jit, grad, scan, vmap and Optax apply to modules as
@@ -89,6 +89,42 @@ class NoisePredictor(eqx.Module):
         self, obs: Float[Array, " obs_dim"], noisy_action: Float[Array, " act_dim"], k: Real[Array, ""] | float
     ) -> Float[Array, " act_dim"]:
         return self.mlp(obs, noisy_action, self.time_mlp(time_embedding(k)))
+
+
+class TanhPolicy(eqx.Module):
+    """pi(s), deterministic, inside [-1, 1]."""
+
+    mlp: MLP
+
+    def __init__(self, obs_dim: int, act_dim: int, key: PRNGKeyArray):
+        self.mlp = MLP((obs_dim, *[HIDDEN_WIDTH] * NUM_HIDDEN, act_dim), key)
+
+    def __call__(self, obs: Float[Array, " obs_dim"]) -> Float[Array, " act_dim"]:
+        return jnp.tanh(self.mlp(obs))
+
+
+class GaussianPolicy(eqx.Module):
+    """pi(a | s), a Gaussian whose mean is inside [-1, 1] and whose deviation does not depend on s, as in IQL's code."""
+
+    mlp: MLP
+    log_std: Float[Array, " act_dim"]
+
+    def __init__(self, obs_dim: int, act_dim: int, key: PRNGKeyArray):
+        self.mlp = MLP((obs_dim, *[HIDDEN_WIDTH] * NUM_HIDDEN, act_dim), key)
+        self.log_std = jnp.zeros(act_dim)
+
+    def __call__(self, obs: Float[Array, " obs_dim"]) -> Float[Array, " act_dim"]:
+        """The mean."""
+        return jnp.tanh(self.mlp(obs))
+
+    @property
+    def std(self) -> Float[Array, " act_dim"]:
+        return jnp.exp(jnp.clip(self.log_std, -10, 2))
+
+    def log_prob(self, obs: Float[Array, " obs_dim"], action: Float[Array, " act_dim"]) -> Float[Array, ""]:
+        """log pi(a | s)."""
+        z = (action - self(obs)) / self.std
+        return -jnp.sum(z**2 / 2 + jnp.log(self.std) + np.log(2 * np.pi) / 2)
 
 
 class Critic(eqx.Module):

@@ -38,6 +38,16 @@ from common.tasks import Task, describe_tasks, normalized_score
 
 PACKAGES = ("jax", "jaxlib", "equinox", "optax", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
 MIN_CHUNK, MAX_CHUNK = 100, 1000  # updates between two signs of life
+NONNEGATIVE = (
+    "seed",
+    "eta",
+    "alpha",
+    "init_noise_scale",
+    "policy_temperature",
+    "policy_noise",
+    "noise_clip",
+    "eval_noise",
+)
 RAT_WINDOW = 10  # evaluations in the running average at training
 
 
@@ -58,7 +68,8 @@ def setup(args) -> None:
     if args.seed + args.num_seeds > 2**31:
         raise SystemExit(f"--seed must be below 2^31, but is {args.seed}.")
     try:
-        make_schedule(args.beta_schedule, args.num_diffusion_steps)
+        if hasattr(args, "num_diffusion_steps"):
+            make_schedule(args.beta_schedule, args.num_diffusion_steps)
         if getattr(args, "sampler", "ddpm") == "dpm":
             solver_orders(args.num_solver_calls, args.solver_order)
     except ValueError as error:
@@ -79,7 +90,9 @@ def _check_value(name: str, value) -> None:
         return
     if name in ("gamma", "tau", "expectile"):
         allowed, condition = "between 0 and 1", 0 <= value <= 1
-    elif name in ("seed", "eta", "init_noise_scale", "policy_temperature"):
+    elif name == "top_fraction":
+        allowed, condition = "above 0 and at most 1", 0 < value <= 1
+    elif name in NONNEGATIVE:
         allowed, condition = "0 or more", 0 <= value < np.inf
     else:
         allowed, condition = "positive", 0 < value < np.inf

@@ -25,14 +25,15 @@ class Domain(NamedTuple):
     reward_rule: RewardRule
     iql_reward_rule: RewardRule
     expectile: float = 0.7
+    temperature: float = 1 / 3  # of IQL with a Gaussian policy, 1 / beta of its paper
     eval_every: int = 10_000
     eval_episodes: int = 10
 
 
 LOCOMOTION = Domain("locomotion", 3e-4, 1.0, 2_000_000, "none", "iql_locomotion")
-ANTMAZE = Domain("antmaze", 3e-4, 1.0, 1_000_000, "cql_antmaze", "iql_antmaze", 0.9, eval_episodes=100)
-ADROIT = Domain("adroit", 3e-5, 0.1, 1_000_000, "normalize", "normalize")
-KITCHEN = Domain("kitchen", 3e-4, 0.005, 1_000_000, "normalize", "normalize")
+ANTMAZE = Domain("antmaze", 3e-4, 1.0, 1_000_000, "cql_antmaze", "iql_antmaze", 0.9, 1 / 10, eval_episodes=100)
+ADROIT = Domain("adroit", 3e-5, 0.1, 1_000_000, "normalize", "normalize", temperature=2.0)
+KITCHEN = Domain("kitchen", 3e-4, 0.005, 1_000_000, "normalize", "normalize", temperature=2.0)
 POINTMAZE = ANTMAZE._replace(name="pointmaze", num_updates=10_000, eval_every=2_000)
 OTHER = LOCOMOTION._replace(name="other", iql_reward_rule="none")
 
@@ -142,7 +143,8 @@ def describe_tasks() -> str:
             rule, iql_rule = domain.reward_rule, domain.iql_reward_rule
             lines.append(
                 f"\n{domain.name}: learning rate {domain.learning_rate:g}, eta {domain.eta:g}, expectile "
-                f"{domain.expectile:g}, rewards {rule if rule == iql_rule else f'{rule} (IQL {iql_rule})'}, "
+                f"{domain.expectile:g}, temperature {domain.temperature:.3g} (iql.py), "
+                f"rewards {rule if rule == iql_rule else f'{rule} (IQL {iql_rule})'}, "
                 f"{domain.num_updates:,} updates, {domain.eval_episodes} episodes every {domain.eval_every:,}"
             )
         if task.environment != environment:

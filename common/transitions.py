@@ -65,6 +65,16 @@ def recorded_returns(transitions: Transitions) -> np.ndarray:
     return np.add.reduceat(transitions.reward, transitions.episode_start, dtype=np.float64)
 
 
+def best_episodes(transitions: Transitions, returns: np.ndarray, fraction: float) -> Transitions:
+    """The given fraction of the episodes, at least one: those with the largest returns, of equal ones the first."""
+    count = max(1, round(fraction * len(returns)))
+    is_best = np.zeros(len(returns), bool)
+    is_best[np.argsort(-returns, kind="stable")[:count]] = True
+    lengths = transitions.episode_end - transitions.episode_start
+    kept = np.repeat(is_best, lengths)
+    return Transitions(*(array[kept] for array in transitions[:-1]), episode_end=np.cumsum(lengths[is_best]))
+
+
 def shape_reward(reward: np.ndarray, returns: np.ndarray, rule: RewardRule) -> np.ndarray:
     """The reward that is learned from; `returns` are those of the episodes.
 

@@ -20,7 +20,7 @@ import pytest
 from recording import record_hopper
 
 import common.run
-from algorithms import edp_td3bc
+from algorithms import bc, edp_td3bc, td3bc
 from algorithms.edp_td3bc import Args, train
 from common.data import DatasetInfo
 from common.evaluation import Episodes, Evaluator
@@ -28,7 +28,7 @@ from common.run import Run, load_checkpoint
 from common.tasks import TASKS
 
 SCRIPTS = Path(edp_td3bc.__file__).parent
-ALGORITHMS = ("edp_td3bc", "edp_crr", "edp_iql", "dql_baseline")
+ALGORITHMS = ("edp_td3bc", "edp_crr", "edp_iql", "dql_baseline", "td3bc", "crr", "iql", "bc")
 TINY = {
     "num_updates": 20,
     "eval_every": 10,
@@ -120,8 +120,10 @@ def test_args_json_tells_how_to_repeat_the_run(finished):
     args = header["args"]
     assert set(args) == set(fields_of(algorithm))
     assert args | tiny(algorithm) == args
-    rule = "iql_antmaze" if algorithm == "edp_iql" else "cql_antmaze"
-    assert (args["eta"], args["learning_rate"], args["reward_rule"]) == (1.0, 3e-4, rule), "the domain's, not None"
+    rule = "iql_antmaze" if algorithm.endswith("iql") else "cql_antmaze"
+    domain = {"learning_rate": 3e-4, "eta": 1.0, "reward_rule": rule, "expectile": 0.9}
+    domain |= {"temperature": 0.1} if algorithm == "iql" else {}
+    assert args | {name: value for name, value in domain.items() if name in args} == args, "the domain's, not None"
     for package in ("jax", "equinox", "optax", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari"):
         assert header["versions"][package] == importlib.metadata.version(package)
     assert header["versions"]["python"] == sys.version.split()[0]
@@ -141,12 +143,13 @@ def test_args_json_names_the_git_commit(finished):
 
 
 def test_metrics_csv_has_finite_means_of_every_chunk_and_seed(finished):
-    _, folder, _ = finished
+    algorithm, folder, _ = finished
     rows = rows_of(folder / "metrics.csv")
     assert [(row["update"], row["seed"]) for row in rows] == [("10", "0"), ("10", "1"), ("20", "0"), ("20", "1")]
-    assert {"critic_loss", "policy_loss", "diffusion_loss", "updates_per_second"} <= set(rows[0])
+    assert {"policy_loss", "updates_per_second"} <= set(rows[0])
+    assert ("critic_loss" in rows[0]) == (algorithm != "bc")
     assert np.isfinite([[float(value) for value in row.values()] for row in rows]).all()
-    assert rows[0]["critic_loss"] != rows[1]["critic_loss"], "seeds differ"
+    assert rows[0]["policy_loss"] != rows[1]["policy_loss"], "seeds differ"
 
 
 def test_eval_csv_has_every_raw_return(finished):
@@ -188,7 +191,7 @@ def test_tensorboard_has_the_losses_and_scores_of_each_seed(finished):
     for seed in (0, 1):
         (events,) = (folder / "tensorboard" / f"seed_{seed}").iterdir()
         content = events.read_bytes()
-        assert b"train/critic_loss" in content
+        assert b"train/policy_loss" in content
         assert b"eval/score" in content
 
 
@@ -352,6 +355,20 @@ def test_an_impossible_argument_exits_naming_it(args, named, pointmaze_datasets,
     for part in named:
         assert part in sentence
     assert not (tmp_path / "run").exists(), "a refused run leaves nothing"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "args", "condition"),
+    [
+        (bc, {"top_fraction": 0.0}, "--top-fraction must be above 0 and at most 1, but is 0.0."),
+        (bc, {"top_fraction": 10.0}, "--top-fraction must be above 0 and at most 1, but is 10.0."),
+        (td3bc, {"policy_every": 0}, "--policy-every must be positive, but is 0."),
+        (td3bc, {"policy_noise": -0.1}, "--policy-noise must be 0 or more, but is -0.1."),
+    ],
+    ids=str,
+)
+def test_impossible_arguments_of_the_feed_forward_algorithms(algorithm, args, condition, exit_sentence):
+    assert exit_sentence(algorithm.train, algorithm.Args(**args)) == condition
 
 
 def test_a_run_directory_in_use_is_refused_and_left_alone(pointmaze_datasets, tmp_path, exit_sentence):

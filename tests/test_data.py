@@ -17,7 +17,7 @@ from common import data
 from common.data import load_dataset, read_minari, resolve_task
 from common.environments import make_env, make_gym_env
 from common.tasks import ENVIRONMENTS, TASKS, Task, task_of_dataset
-from common.transitions import Transitions, behaviour_returns, relabel, shape_reward
+from common.transitions import Transitions, behaviour_returns, best_episodes, relabel, shape_reward
 
 FORMATS = ["hdf5", "arrow"]
 
@@ -182,6 +182,40 @@ def test_behaviour_is_scored_as_the_evaluation_environment_scores_the_same_actio
     np.testing.assert_allclose(behaviour_returns(transitions, ENVIRONMENTS["AdroitHandPen"]), played, rtol=1e-4)
     assert (transitions.next_obs[:, 26] < 0.075).any(), "the pen was dropped"
     assert not load(dataset.id)[0].terminal.any(), "which ends no episode of Minari's data"
+
+
+@pytest.mark.parametrize(
+    ("fraction", "kept"),
+    [(0.1, [3]), (0.2, [3]), (0.4, [1, 3]), (0.6, [1, 3, 4]), (0.8, [0, 1, 3, 4]), (1.0, [0, 1, 2, 3, 4])],
+)
+def test_the_best_episodes_are_kept_whole_and_in_their_order(fraction, kept):
+    rewards = [[0, 1], [5, 0, 1], [-9], [10], [3, 2]]  # returns 1, 6, -9, 10, 5
+    transitions = transitions_of(rewards)._replace(obs=np.arange(9)[:, None])
+    best = best_episodes(transitions, np.array([sum(episode) for episode in rewards]), fraction)
+    np.testing.assert_array_equal(best.reward, np.concatenate([rewards[i] for i in kept]))
+    np.testing.assert_array_equal(best.episode_end, np.cumsum([len(rewards[i]) for i in kept]))
+    np.testing.assert_array_equal(best.obs[:, 0], np.flatnonzero(np.isin([0, 0, 1, 1, 1, 2, 3, 4, 4], kept)))
+
+
+def test_of_equally_good_episodes_the_first_are_kept():
+    best = best_episodes(transitions_of([[0], [1], [2, -1], [1], [1]]), np.array([0, 1, 1, 1, 1]), 0.4)
+    np.testing.assert_array_equal(best.reward, [1, 2, -1])
+
+
+def test_a_dataset_of_the_best_episodes_has_their_transitions_alone_and_tells_so(datasets):
+    dataset = record_hopper(num_episodes=12)
+    raw = by_hand(dataset.id)
+    returns = np.array([episode.rewards.sum() for episode in dataset.iterate_episodes()])
+    best = np.sort(np.argsort(-returns)[:3])
+    start, end = np.append(0, raw["episode_end"])[best], raw["episode_end"][best]
+    kept = np.concatenate([np.arange(*interval) for interval in zip(start, end)])
+    everything, all_info = load(dataset.id)
+    loaded, info = load(dataset.id, top_fraction=0.25)
+    for name, array in loaded._asdict().items():
+        np.testing.assert_array_equal(array, getattr(everything, name)[kept], err_msg=name)
+    assert (info.statistics["kept_episodes"], info.statistics["kept_transitions"]) == (3, len(kept))
+    assert all_info.statistics.items() < info.statistics.items(), "the rest describes all of the data"
+    assert info.behaviour_score == all_info.behaviour_score
 
 
 REWARD = np.array([-1.0, 0.0, 1.0, 3.0], np.float32)

@@ -14,10 +14,10 @@ import numpy as np
 import optax
 import pytest
 
-from algorithms import dql_baseline, edp_crr, edp_iql, edp_td3bc
+from algorithms import bc, crr, dql_baseline, edp_crr, edp_iql, edp_td3bc, iql, td3bc
 from common.data import Dataset
 from common.diffusion import corrupt, make_schedule
-from common.networks import NoisePredictor, Value, init_twin_critics
+from common.networks import GaussianPolicy, NoisePredictor, TanhPolicy, Value, init_twin_critics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -62,6 +62,21 @@ def make_policy():
         return jax.lax.scan(step, (policy, optimizer.init(policy)), jax.random.split(key, 100))[0][0]
 
     return fit(jax.random.key(0))
+
+
+def make_tanh_policy():
+    """Some of its actions are near enough to +-1 for their noise to be clipped."""
+    return scaled_policy(TanhPolicy)
+
+
+def make_gaussian_policy():
+    return eqx.tree_at(lambda policy: policy.log_std, scaled_policy(GaussianPolicy), jnp.array([-1.2, 0.3]))
+
+
+@lru_cache
+def scaled_policy(kind):
+    init = jax.jit(lambda key: kind(OBS_DIM, ACT_DIM, key))
+    return with_last_layer(init(jax.random.key(17)), weight=lambda weight: 10 * weight)
 
 
 @lru_cache
@@ -217,16 +232,54 @@ def test_sample_action_denoises_scaled_noise_with_the_scaled_prediction(algorith
     np.testing.assert_allclose(result, expected, atol=2e-4)
 
 
+# ------------------------------------------------------------------------------------------ feed-forward policy
+def test_td3bc_sample_action_adds_clipped_noise_inside_the_action_box():
+    """clip(pi(s) + clip(e, -limit, limit), -1, 1), e ~ N(0, std^2 I); no noise is pi(s) itself."""
+    policy, obs, key = make_tanh_policy(), make_batch().obs, jax.random.key(4)
+    mean, noise = float64(forward(policy, obs)), 0.3 * float64(jax.random.normal(key, (BATCH, ACT_DIM)))
+    clipped = np.clip(noise, -0.2, 0.2)
+    assert 0.2 < np.mean(clipped != noise) < 0.8
+    assert 0 < np.mean(np.abs(mean + clipped) > 1) < 0.5
+    np.testing.assert_allclose(
+        td3bc.sample_action(policy, obs, key, 0.3, 0.2), np.clip(mean + clipped, -1, 1), atol=1e-6
+    )
+    np.testing.assert_allclose(td3bc.sample_action(policy, obs, key, 0.3), np.clip(mean + noise, -1, 1), atol=1e-6)
+    np.testing.assert_allclose(td3bc.sample_action(policy, obs, key, 0.0), mean, atol=1e-6)
+
+
+def test_gaussian_samples_have_its_scaled_deviation_and_are_clipped():
+    """clip(mean + scale std e, -1, 1), e ~ N(0, I); with scale 0 the mean."""
+    policy, obs, key = make_gaussian_policy(), make_batch().obs, jax.random.key(4)
+    mean, noise = float64(forward(policy, obs)), float64(jax.random.normal(key, (BATCH, ACT_DIM)))
+    std = np.exp([-1.2, 0.3])
+    for flags, scale in (((), 1.0), ((0.5,), 0.5), ((0.0,), 0.0)):
+        expected = np.clip(mean + scale * std * noise, -1, 1)
+        np.testing.assert_allclose(crr.sample_action(policy, obs, key, *flags), expected, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------- policy evaluation
-@pytest.mark.parametrize("max_q_backup", [False, True])
-def test_critic_target_is_eq_14(max_q_backup):
+# The policy of each kind, and what its sample_action is given beside it, the observations and a key.
+TARGET_POLICIES = {
+    edp_td3bc: (make_policy, lambda args: (args,)),
+    td3bc: (make_tanh_policy, lambda args: (args.policy_noise, args.noise_clip)),
+    crr: (make_gaussian_policy, lambda args: ()),
+}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "max_q_backup"),
+    [(edp_td3bc, False), (edp_td3bc, True), (td3bc, False), (crr, True)],
+    ids=["edp", "edp, best of 10", "tanh", "gaussian, best of 10"],
+)
+def test_critic_target_is_eq_14(algorithm, max_q_backup):
     """r + gamma (1 - terminal) min_i max_j Q'_i(s', a'_j): one a', or the best of 10 for each critic by itself."""
-    args = make_args(edp_td3bc, max_q_backup=max_q_backup, gamma=0.9)
-    batch, key, policy, critics = make_batch(), jax.random.key(5), make_policy(), make_critics()
-    result = jax.jit(edp_td3bc.critic_target)(critics, policy, batch, key, args)
+    args = make_args(algorithm, max_q_backup=max_q_backup, gamma=0.9)
+    make_target_policy, settings = TARGET_POLICIES[algorithm]
+    batch, key, policy, critics = make_batch(), jax.random.key(5), make_target_policy(), make_critics()
+    result = jax.jit(algorithm.critic_target)(critics, policy, batch, key, args)
     count = 10 if max_q_backup else 1
     next_obs = jnp.asarray(np.repeat(np.asarray(batch.next_obs), count, axis=0))  # s_0, s_0, ..., s_1, ...
-    next_action = jax.jit(edp_td3bc.sample_action)(policy, next_obs, key, args)
+    next_action = jax.jit(algorithm.sample_action)(policy, next_obs, key, *settings(args))
     q = q_values(critics, next_obs, next_action)
     backup = [min(max(q[i][n * count : (n + 1) * count]) for i in range(2)) for n in range(BATCH)]
     expected = float64(batch.reward) + 0.9 * (1 - float64(batch.terminal)) * np.array(backup)
@@ -345,6 +398,36 @@ def test_a_clipped_action_gives_the_guidance_no_gradient():
     jax.tree.map(np.testing.assert_array_equal, with_guidance, without_guidance)
 
 
+@pytest.mark.parametrize("offset", [500.0, -500.0])
+def test_feed_forward_td3bc_policy_loss_uses_the_first_critic(offset):
+    """mean (pi(s) - a)^2 - lambda mean Q_1(s, pi(s)), lambda = alpha / mean |Q_1|: of other sign than Q_2 here."""
+    batch, policy, critics = make_batch(), make_tanh_policy(), make_critics((offset, -offset))
+    loss, metrics = jax.jit(td3bc.policy_loss)(policy, critics, batch, make_args(td3bc, alpha=1.7))
+    action = float64(forward(policy, batch.obs))
+    q = q_values(critics, batch.obs, action)[0]
+    imitation = np.mean((action - float64(batch.action)) ** 2)
+    np.testing.assert_allclose(metrics["bc_loss"], imitation, rtol=1e-5)
+    np.testing.assert_allclose(loss, imitation - 1.7 / np.abs(q).mean() * q.mean(), rtol=1e-5)
+    np.testing.assert_array_equal(metrics["policy_loss"], loss)
+    np.testing.assert_allclose(metrics["guidance_loss"], -np.sign(offset), rtol=1e-5)
+
+
+def test_feed_forward_td3bc_gradient_does_not_go_through_the_normaliser():
+    """Every Q is positive: a gradient through mean |Q_1| would cancel that of mean Q_1, and only imitation be left."""
+    batch, policy, critics = make_batch(), make_tanh_policy(), make_critics((40.0, 60.0))
+    q = q_values(critics, batch.obs, forward(policy, batch.obs))[0]
+    assert q.min() > 0
+
+    def loss(policy):
+        action = jax.vmap(policy)(batch.obs)
+        q_1 = jax.vmap(jax.tree.map(lambda leaf: leaf[0], critics))(batch.obs, action)
+        return jnp.mean((action - batch.action) ** 2) - 2.5 * q_1.mean() / float(q.mean())
+
+    expected = jax.jit(jax.grad(loss))(policy)
+    result, _ = jax.jit(jax.grad(td3bc.policy_loss, has_aux=True))(policy, critics, batch, make_args(td3bc))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), result, expected)
+
+
 # ------------------------------------------------------------------------------------ policy improvement: CRR
 def numpy_corruption(policy, batch, key, args):
     """(diffusion loss, corruption, clipped a-hat^0)."""
@@ -406,6 +489,47 @@ def test_crr_weight_gives_no_gradient_although_it_depends_on_the_policy():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), result, expected)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_feed_forward_crr_weight_compares_with_samples_of_the_policy(temperature):
+    """f = min(20, exp(A / temperature)), A = min_i Q_i(s, a) - mean_n min_i Q_i(s, a_n), 10 a_n ~ pi(. | s)."""
+    batch, key, policy, critics = make_batch(), jax.random.key(12), make_gaussian_policy(), make_critics()
+    args = make_args(crr, temperature=temperature)
+    weight = np.asarray(jax.jit(crr.advantage_weight)(critics, policy, batch, key, args))
+    keys = jax.random.split(key, 10)
+    samples = [q_values(critics, batch.obs, crr.sample_action(policy, batch.obs, k)).min(axis=0) for k in keys]
+    advantage = q_values(critics, batch.obs, batch.action).min(axis=0) - np.mean(samples, axis=0)
+    np.testing.assert_allclose(weight, np.minimum(20, np.exp(advantage / temperature)), rtol=1e-3)
+    assert (weight.max() == 20) == (temperature == 0.1)
+
+
+def numpy_log_likelihood(policy, batch):
+    """Of the actions of the data under the Gaussian."""
+    std = np.exp(float64(policy.log_std))
+    z = (float64(batch.action) - float64(forward(policy, batch.obs))) / std
+    return -np.sum(z**2 / 2 + np.log(std * np.sqrt(2 * np.pi)), axis=1)
+
+
+def weighted_log_likelihood_gradient(policy, batch, weight):
+    """Of -mean weight log pi(a | s) for weights that are numbers."""
+    log_prob = lambda policy: jax.vmap(policy.log_prob)(batch.obs, batch.action)
+    return jax.jit(jax.grad(lambda policy: -jnp.mean(weight * log_prob(policy))))(policy)
+
+
+def test_feed_forward_crr_policy_loss_is_the_weighted_likelihood_without_gradient_through_the_weight():
+    """-mean f log pi(a | s), where f depends on the policy."""
+    batch, key, policy, critics = make_batch(), jax.random.key(13), make_gaussian_policy(), make_critics()
+    args = make_args(crr)
+    weight = jax.jit(crr.advantage_weight)(critics, policy, batch, key, args)
+    loss = jax.jit(jax.value_and_grad(crr.policy_loss, has_aux=True))
+    (loss, metrics), gradient = loss(policy, critics, batch, key, args)
+    log_likelihood = numpy_log_likelihood(policy, batch)
+    np.testing.assert_allclose(loss, -np.mean(float64(weight) * log_likelihood), rtol=1e-4)
+    np.testing.assert_allclose(metrics["log_likelihood"], log_likelihood.mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["weight"], weight.mean(), rtol=1e-5)
+    expected = weighted_log_likelihood_gradient(policy, batch, weight)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, expected)
+
+
 # ------------------------------------------------------------------------------------ policy improvement: IQL
 @lru_cache
 def make_value():
@@ -461,6 +585,30 @@ def test_iql_policy_loss_is_eq_13_weighted_without_gradient_through_the_weight()
     np.testing.assert_allclose(metrics["guidance_loss"], expected, rtol=1e-3)
     np.testing.assert_allclose(loss, diffusion + 0.7 * expected, rtol=1e-3)
     np.testing.assert_array_equal(gradient, 0)
+
+
+def test_feed_forward_iql_policy_loss_is_the_weighted_likelihood_without_gradient_through_the_weight():
+    """-mean f log pi(a | s)."""
+    batch, policy = make_batch(), make_gaussian_policy()
+    weight = np.random.default_rng(3).uniform(0, 3, BATCH)
+    loss = jax.jit(jax.value_and_grad(iql.policy_loss, argnums=(0, 1), has_aux=True))
+    (loss, metrics), (gradient, weight_gradient) = loss(policy, jnp.float32(weight), batch)
+    log_likelihood = numpy_log_likelihood(policy, batch)
+    np.testing.assert_allclose(loss, -np.mean(weight * log_likelihood), rtol=1e-4)
+    np.testing.assert_allclose(metrics["log_likelihood"], log_likelihood.mean(), rtol=1e-4)
+    np.testing.assert_array_equal(weight_gradient, 0)
+    expected = weighted_log_likelihood_gradient(policy, batch, jnp.float32(weight))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, expected)
+
+
+def test_bc_minimises_the_negative_log_likelihood_or_the_diffusion_loss():
+    """-mean log pi(a | s) of the Gaussian; Eq. 5, with the same random numbers, of the diffusion policy."""
+    batch, key = make_batch(), jax.random.key(18)
+    loss, _ = jax.jit(bc.policy_loss)(make_gaussian_policy(), batch, key, make_args(bc))
+    np.testing.assert_allclose(loss, -numpy_log_likelihood(make_gaussian_policy(), batch).mean(), rtol=1e-4)
+    loss, _ = jax.jit(bc.policy_loss)(make_policy(), batch, key, make_args(bc, policy="diffusion"))
+    expected, _ = jax.jit(edp_td3bc.diffusion_loss)(make_policy(), batch, key, make_args(edp_td3bc))
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("algorithm", [edp_td3bc, edp_crr, edp_iql], ids=["td3bc", "crr", "iql"])

@@ -1,23 +1,39 @@
 """common/networks.py against float64 NumPy."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.networks import MLP, Critic, NoisePredictor, Value, init_twin_critics, mish, time_embedding, twin_q
+from common.networks import (
+    MLP,
+    Critic,
+    GaussianPolicy,
+    NoisePredictor,
+    TanhPolicy,
+    Value,
+    init_twin_critics,
+    mish,
+    time_embedding,
+    twin_q,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 OBS_DIM, ACT_DIM = 5, 3
 MODULES = {
     "policy": lambda key: NoisePredictor(OBS_DIM, ACT_DIM, key),
+    "tanh": lambda key: TanhPolicy(OBS_DIM, ACT_DIM, key),
+    "gaussian": lambda key: GaussianPolicy(OBS_DIM, ACT_DIM, key),
     "critic": lambda key: Critic(OBS_DIM, ACT_DIM, key),
     "value": lambda key: Value(OBS_DIM, key),
 }
 # Widths of every linear layer, (fan_in, fan_out), as Sec. 5 gives them.
 LAYERS = {
     "policy": [(16, 32), (32, 16), (OBS_DIM + ACT_DIM + 16, 256), (256, 256), (256, 256), (256, ACT_DIM)],
+    "tanh": [(OBS_DIM, 256), (256, 256), (256, 256), (256, ACT_DIM)],
+    "gaussian": [(OBS_DIM, 256), (256, 256), (256, 256), (256, ACT_DIM)],
     "critic": [(OBS_DIM + ACT_DIM, 256), (256, 256), (256, 256), (256, 1)],
     "value": [(OBS_DIM, 256), (256, 256), (256, 256), (256, 1)],
 }
@@ -119,13 +135,46 @@ def test_critic_and_value_are_the_scalars_of_their_mlps():
     np.testing.assert_allclose(value(jnp.asarray(obs)), numpy_mlp(value.mlp, obs.astype(np.float64))[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["tanh", "gaussian"])
+def test_feed_forward_policies_act_by_the_tanh_of_their_mlps(name):
+    """pi(s), or the Gaussian's mean."""
+    policy, (obs, _) = MODULES[name](jax.random.key(6)), example()
+    expected = np.tanh(numpy_mlp(policy.mlp, obs.astype(np.float64)))
+    np.testing.assert_allclose(policy(jnp.asarray(obs)), expected, atol=1e-6)
+
+
+def test_the_gaussian_has_the_density_of_a_product_of_normals_which_is_not_squashed():
+    """log pi(a | s) = -sum_i ((a_i - mean_i)^2 / (2 std_i^2) + log(std_i sqrt(2 pi))), also outside [-1, 1]."""
+    policy = MODULES["gaussian"](jax.random.key(7))
+    np.testing.assert_array_equal(policy.std, np.ones(ACT_DIM))
+    std = np.array([0.1, 1.0, 5.0])
+    policy = eqx.tree_at(lambda policy: policy.log_std, policy, jnp.float32(np.log(std)))
+    obs, action = example()
+    action[0] = 1.7
+    z = (action - np.float64(policy(jnp.asarray(obs)))) / std
+    density = np.exp(-(z**2) / 2) / (std * np.sqrt(2 * np.pi))
+    result = policy.log_prob(jnp.asarray(obs), jnp.asarray(action))
+    np.testing.assert_allclose(result, np.log(density).sum(), rtol=1e-4)
+
+
+def test_the_gaussians_deviation_stays_between_e_to_the_minus_10_and_e_to_the_2():
+    """Beyond the bounds log_std has no effect and no gradient."""
+    policy = MODULES["gaussian"](jax.random.key(8))
+    policy = eqx.tree_at(lambda policy: policy.log_std, policy, jnp.array([-11.0, 0.5, 2.5]))
+    np.testing.assert_allclose(policy.std, np.exp([-10, 0.5, 2]), rtol=1e-6)
+    gradient = jax.grad(lambda policy: policy.std.sum())(policy).log_std
+    np.testing.assert_allclose(gradient, [0, np.exp(0.5), 0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_every_leaf_is_a_float32_array_and_the_sizes_are_the_papers(name):
     """Nothing but weights and biases is a leaf, so that jax.grad and Optax take a module as it is."""
     leaves = jax.tree.leaves(MODULES[name](jax.random.key(0)))
     assert all(isinstance(leaf, jax.Array) and leaf.dtype == jnp.float32 for leaf in leaves)
-    expected = sorted(shape for fan_in, fan_out in LAYERS[name] for shape in ((fan_out, fan_in), (fan_out,)))
-    assert sorted(leaf.shape for leaf in leaves) == expected
+    expected = [shape for fan_in, fan_out in LAYERS[name] for shape in ((fan_out, fan_in), (fan_out,))]
+    if name == "gaussian":
+        expected.append((ACT_DIM,))  # log_std
+    assert sorted(leaf.shape for leaf in leaves) == sorted(expected)
 
 
 @pytest.mark.parametrize("name", MODULES)

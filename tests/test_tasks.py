@@ -50,6 +50,12 @@ def test_hyperparameters_are_those_of_table_3(env_ids, learning_rate, eta, num_u
         assert (domain.expectile, domain.eval_every, domain.eval_episodes) == (expectile, 10_000, eval_episodes)
 
 
+@pytest.mark.parametrize(("env_ids", "beta"), [(LOCOMOTION, 3), (ANTMAZE + POINTMAZE, 10), (ADROIT + KITCHEN, 0.5)])
+def test_the_temperature_of_feed_forward_iql_is_the_inverse_of_its_papers(env_ids, beta):
+    for env_id in env_ids:
+        assert TASKS[env_id].environment.domain.temperature == pytest.approx(1 / beta)
+
+
 def test_pointmaze_learns_as_antmaze_but_for_the_number_of_updates():
     antmaze, pointmaze = (TASKS[env_id].environment.domain for env_id in ("antmaze-umaze", "pointmaze-umaze"))
     differing = {name for name in antmaze._fields if getattr(antmaze, name) != getattr(pointmaze, name)}

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from algorithms import dql_baseline, edp_crr, edp_iql, edp_td3bc
+from algorithms import bc, crr, dql_baseline, edp_crr, edp_iql, edp_td3bc, iql, td3bc
 from common.data import Dataset
 from common.networks import twin_q
 from common.run import load_checkpoint, save_checkpoint
@@ -40,6 +40,7 @@ def make_args(algorithm, **changes):
         "init_noise_scale": 0.001,  # of untrained networks: with 1, every action is clipped to a corner
         "eta": 1.0,
         "expectile": 0.7,
+        "temperature": 1.0,
     }
     names = {field.name for field in dataclasses.fields(algorithm.Args)}
     return algorithm.Args(**{name: value for name, value in common.items() if name in names} | changes)
@@ -132,6 +133,36 @@ def test_targets_move_by_polyak_averaging_of_the_new_weights(algorithm):
     assert moved_at == ([1005, 1010] if algorithm is edp_td3bc else [])
 
 
+@quick
+def test_td3bc_moves_policy_and_targets_at_every_second_update_and_the_critics_at_every_one():
+    """n % policy_every == 0; between, the policy's optimizer waits too, and the loss is reported without a step."""
+    args, (state, key) = make_args(td3bc), start_one(td3bc)
+    average = lambda new, target: 0.005 * np.asarray(new, np.float64) + 0.995 * np.asarray(target, np.float64)
+    for step in (1, 2, 3):
+        new, metrics = step_of(td3bc)(state, step, key, make_dataset(), args)
+        assert norm(jax.tree.map(jnp.subtract, new.critics, state.critics)) > 0
+        batch = batch_of(jax.random.split(jax.random.fold_in(key, step))[0])
+        loss, _ = jax.jit(td3bc.policy_loss)(state.policy, new.critics, batch, args)  # the new critics, as Alg. 1
+        np.testing.assert_allclose(metrics["policy_loss"], loss, rtol=1e-4)
+        if step == 2:
+            assert norm(jax.tree.map(jnp.subtract, new.policy, state.policy)) > 0
+            for name in ("critics", "policy"):
+                before, after = getattr(state, f"target_{name}"), getattr(new, f"target_{name}")
+                expected = jax.tree.map(average, getattr(new, name), before)
+                assert_trees_close(after, expected, rtol=1e-6, atol=1e-8)
+        else:
+            for name in ("policy", "policy_opt", "target_policy", "target_critics"):
+                assert_trees_equal(getattr(new, name), getattr(state, name))
+
+
+def test_td3bc_computes_no_gradient_of_the_policy_where_it_waits():
+    """A condition on a seed's own data would become a choice between two results that are both computed."""
+    states, keys = start(td3bc)
+    step_of_all_seeds = jax.vmap(td3bc.train_step, in_axes=(0, None, 0, None, None))
+    jaxpr = jax.make_jaxpr(step_of_all_seeds, static_argnums=4)(states, 1, keys, make_dataset(), make_args(td3bc))
+    assert sum(equation.primitive.name == "cond" for equation in jaxpr.eqns) == 1
+
+
 def batch_of(key, size=32):
     index = jax.random.randint(key, (size,), 0, SIZE)
     return jax.tree.map(lambda array: array[index], make_dataset())
@@ -214,11 +245,35 @@ def test_lr_decay_takes_the_policys_rate_along_a_cosine_to_zero(lr_decay):
         np.testing.assert_allclose(rates, np.broadcast_to(expected, 11), rtol=1e-4, atol=1e-10)
 
 
+def test_lr_decay_of_a_delayed_policy_ends_at_zero_too():
+    """TD3+BC's policy makes half of the updates."""
+    args = make_args(td3bc, lr_decay=True, num_updates=10, max_grad_norm=1e9)
+    optimizer, gradient = td3bc.make_optimizers(args)[0], jnp.ones(3)
+    opt_state = optimizer.init(gradient)
+    for _ in range(6):
+        update, opt_state = optimizer.update(gradient, opt_state)
+    np.testing.assert_allclose(update, 0, atol=1e-10)
+
+
 # -------------------------------------------------------------------------------------------- seeds and chunks
-@over(edp_td3bc, edp_crr, edp_iql, dql_baseline)
-def test_an_update_keeps_shapes_and_types_and_reports_scalars(algorithm):
+@pytest.mark.parametrize(
+    ("algorithm", "flags", "losses"),
+    [
+        (edp_td3bc, {}, {"critic_loss", "q", "diffusion_loss", "guidance_loss", "clipped"}),
+        (edp_crr, {}, {"critic_loss", "q", "diffusion_loss", "guidance_loss", "clipped", "weight"}),
+        (edp_iql, {}, {"critic_loss", "q", "diffusion_loss", "guidance_loss", "clipped", "weight", "value_loss", "v"}),
+        (dql_baseline, {}, {"critic_loss", "q", "diffusion_loss", "guidance_loss", "clipped"}),
+        (td3bc, {}, {"critic_loss", "q", "bc_loss", "guidance_loss"}),
+        (crr, {}, {"critic_loss", "q", "log_likelihood", "weight"}),
+        (iql, {}, {"critic_loss", "q", "log_likelihood", "weight", "value_loss", "v"}),
+        (bc, {}, set()),
+        (bc, {"policy": "diffusion"}, set()),
+    ],
+    ids=lambda value: value.__name__.split(".")[-1] if hasattr(value, "__name__") else "",
+)
+def test_an_update_keeps_shapes_and_types_and_reports_scalars(algorithm, flags, losses):
     """Else the second chunk of a run would compile anew: its state comes from an update, not from init_state."""
-    args = make_args(algorithm)
+    args = make_args(algorithm, **flags)
     state = jax.eval_shape(lambda: algorithm.init_state(jax.random.key(0), OBS_DIM, ACT_DIM, args))
     new, metrics = jax.eval_shape(
         lambda state: algorithm.train_step(state, jnp.int32(1), jax.random.key(0), make_dataset(), args), state
@@ -226,7 +281,7 @@ def test_an_update_keeps_shapes_and_types_and_reports_scalars(algorithm):
     assert jax.tree.structure(new) == jax.tree.structure(state)
     for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(new)):
         assert (before.shape, before.dtype, before.weak_type) == (after.shape, after.dtype, after.weak_type)
-    assert {"critic_loss", "q", "policy_loss", "diffusion_loss", "guidance_loss"} <= metrics.keys()
+    assert metrics.keys() == losses | {"policy_loss"}
     assert all(metric.shape == () for metric in metrics.values())
 
 
@@ -383,6 +438,48 @@ def test_no_initial_noise_makes_acting_deterministic():
     action = edp_td3bc.select_action(policy, critics, obs, keys, 0, args)
     np.testing.assert_array_equal(edp_td3bc.select_action(policy, critics, obs, keys[::-1], 1, args), action)
     assert len(np.unique(np.asarray(action).reshape(-1, ACT_DIM), axis=0)) > 10
+
+
+@quick
+@over(td3bc, crr)
+def test_a_feed_forward_policy_acts_by_its_mean_or_by_energy_based_selection_around_it(algorithm):
+    """N = 1 is the mean, whatever the key; of N samples one is drawn with probability ~ exp(min_i Q_i(s, a))."""
+    state, keys = start(algorithm)
+    obs = jnp.float32(np.random.default_rng(0).normal(size=(3, 16, OBS_DIM)))
+    args, five = (make_args(algorithm, num_eval_actions=n) for n in (1, 5))
+    mean = jax.vmap(jax.vmap(lambda policy, obs: policy(obs), (None, 0)))(state.policy, obs)
+    action = algorithm.select_action(state.policy, state.critics, obs, keys, 0, args)
+    np.testing.assert_allclose(action, mean, atol=1e-6)
+
+    def sample(policy, obs, key):
+        key, _ = jax.random.split(jax.random.fold_in(key, 7))
+        return algorithm.sample_action(policy, obs, key, *((args.eval_noise,) if algorithm is td3bc else ()))
+
+    repeated = jnp.repeat(obs, 5, axis=1)
+    options = jax.vmap(sample)(state.policy, repeated, keys)
+    steep = scaled(state.critics, 1e6)  # so that the largest Q is as good as certain
+    best = jax.vmap(twin_q)(steep, repeated, options).min(axis=1).reshape(3, 16, 5).argmax(axis=2)
+    expected = options.reshape(3, 16, 5, ACT_DIM)[np.arange(3)[:, None], np.arange(16), best]
+    action = algorithm.select_action(state.policy, steep, obs, keys, 7, five)
+    np.testing.assert_allclose(action, expected, atol=1e-5)
+    assert np.abs(action - mean).max() > 0.1
+
+
+@quick
+def test_bc_acts_by_the_mean_of_the_gaussian_or_by_a_plain_sample_of_the_diffusion_policy():
+    """Without critics there is nothing to select by."""
+    obs = jnp.float32(np.random.default_rng(0).normal(size=(3, 16, OBS_DIM)))
+    state, keys = start(bc)
+    mean = jax.vmap(jax.vmap(lambda policy, obs: policy(obs), (None, 0)))(state.policy, obs)
+    np.testing.assert_allclose(bc.select_action(state.policy, obs, keys, 0, make_args(bc)), mean, atol=1e-6)
+    policy, _, obs, keys = acting()
+    args = make_args(bc, policy="diffusion")
+    sample = lambda policy, obs, key: edp_td3bc.sample_action(
+        policy, obs, jax.random.fold_in(key, 3), make_args(edp_td3bc), scale=args.init_noise_scale
+    )
+    action = bc.select_action(policy, obs, keys, 3, args)
+    np.testing.assert_allclose(action, jax.jit(jax.vmap(sample))(policy, obs, keys), atol=1e-5)
+    assert np.abs(bc.select_action(policy, obs, keys, 4, args) - action).max() > 0.01
 
 
 def test_acting_compiles_once_for_all_steps_and_updates(run):

@@ -1,0 +1,265 @@
+"""IQL: Implicit Q-Learning (Kostrikov et al., ICLR 2022), EDP + IQL with a Gaussian for its diffusion policy.
+
+    init_state: policy pi(a | s), critics Q_1 and Q_2, a target copy of the critics, value V
+    repeat num_updates times (train_step):
+        draw a batch (s, a, r, s', terminal)
+        value: minimise value_loss, an upper expectile of the target critics over the actions of the data
+        policy: minimise policy_loss: -log pi(a | s) weighted by the advantage of a
+        critics: minimise critic_loss to critic_target, which takes V(s'): no action is sampled in training
+        move the target critics
+    act: select_action takes the mean; or draws N actions and picks one with probability proportional to exp Q
+
+Run:  python algorithms/iql.py --env-id pointmaze-umaze --num-seeds 2
+      python algorithms/iql.py --env-id antmaze-large-play
+
+Differences from the EDP paper (P), from its authors' code (C) and from IQL's paper (O); equations are P's:
+D6  C silently replaces the gradient-norm clip of 5 by 1 to 10 for each task.
+D7  C starts from LeCun-normal weights and zero biases; here both are uniform in +-1/sqrt(fan_in), as in PyTorch.
+D13 P: V and the weight use the target critics, as in C and IQL's own code; Eq. 22 writes Q.
+D14 P: Eq. 22 prints L_2(Q) - V for L_2(Q - V).
+D17 O has other networks and hyperparameters; what is not noted here is EDP's, so that the policy alone differs.
+D18 Samples of the Gaussian are clipped to [-1, 1], where the actions of the data lie.
+D20 O's learning rate, 3e-4, serves every domain; Table 3 is EDP's.
+D21 O multiplies the advantage by 3 in locomotion, 10 in antmaze, 1/2 in adroit and kitchen; here the inverse divides.
+D22 O decays the policy's learning rate, as --lr-decay does, and has dropout in adroit and kitchen; here none.
+"""
+
+# ------------------------------------------------------------------------------------------------------ imports
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+
+from common.data import Dataset, load_dataset, resolve_task
+from common.evaluation import Evaluator
+from common.networks import Critic, GaussianPolicy, Value, init_twin_critics, twin_q
+from common.run import Run, setup
+from common.tasks import RewardRule, with_domain_defaults
+
+
+# ---------------------------------------------------------------------------------------------------- arguments
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Args:
+    """Flags without a default take that of their domain (Table 3); all are shown at the start of the run."""
+
+    # Experiment
+    env_id: str = "pointmaze-umaze"
+    """the task"""
+    list_envs: bool = False
+    """print every task with its data, protocol and settings, and stop"""
+    dataset_id: str | None = None
+    """any Minari dataset, remote or local; its own environment then replaces --env-id"""
+    dataset_path: str | None = None
+    """an original D4RL file (HDF5) of the task, in place of Minari's data"""
+    reward_rule: RewardRule | None = None
+    """how the dataset's rewards are shaped before learning"""
+    normalize_obs: bool = False
+    """standardise observations by the dataset's mean and deviation"""
+    seed: int = 0
+    """the first seed; a run is a function of (seed, update)"""
+    num_seeds: int = 1
+    """seeds trained together in one program: seed, seed + 1, ..."""
+    run_dir: str | None = None
+    """where to write; by default runs/<env-id>__<algorithm>__<seed>__<time>"""
+    track: bool = False
+    """log to Weights & Biases as well"""
+
+    # Evaluation
+    eval_every: int | None = None
+    """updates between evaluations"""
+    eval_episodes: int | None = None
+    """episodes of each evaluation, for each seed"""
+    num_eval_actions: int = 1
+    """N of energy-based action selection (Alg. 2); 1 is the policy's mean"""
+
+    # Optimisation
+    num_updates: int | None = None
+    """gradient updates; 1000 are an epoch of the paper"""
+    batch_size: int = 256
+    """transitions of an update"""
+    learning_rate: float = 3e-4
+    """Adam's, for all networks (D20)"""
+    lr_decay: bool = False
+    """cosine decay of the policy's learning rate to 0"""
+    max_grad_norm: float = 5.0
+    """gradient-norm clip of each network (Table 3)"""
+    gamma: float = 0.99
+    """discount"""
+    tau: float = 0.005
+    """Polyak rate of the targets"""
+
+    # Algorithm
+    expectile: float | None = None
+    """tau of Eq. 22"""
+    temperature: float | None = None
+    """divides the advantage in the weight (beta of Eq. 20)"""
+
+
+# ------------------------------------------------------------------------------------------------------- state
+class TrainState(NamedTuple):
+    policy: GaussianPolicy
+    policy_opt: optax.OptState
+    critics: Critic
+    critics_opt: optax.OptState
+    target_critics: Critic
+    value: Value
+    value_opt: optax.OptState
+
+
+def make_optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """(the policy's, the other networks'): Adam after a clip of the global gradient norm."""
+    clip, rate = optax.clip_by_global_norm(args.max_grad_norm), args.learning_rate
+    policy_rate = optax.cosine_decay_schedule(rate, args.num_updates) if args.lr_decay else rate
+    return optax.chain(clip, optax.adam(policy_rate)), optax.chain(clip, optax.adam(rate))
+
+
+def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> TrainState:
+    policy_key, critics_key, value_key = jax.random.split(key, 3)
+    policy_optimizer, optimizer = make_optimizers(args)
+    policy = GaussianPolicy(obs_dim, act_dim, policy_key)
+    critics = init_twin_critics(obs_dim, act_dim, critics_key)
+    value = Value(obs_dim, value_key)
+    policy_opt, critics_opt, value_opt = policy_optimizer.init(policy), optimizer.init(critics), optimizer.init(value)
+    target_critics = jax.tree.map(jnp.copy, critics)  # a copy: donated buffers must differ
+    return TrainState(policy, policy_opt, critics, critics_opt, target_critics, value, value_opt)
+
+
+# ------------------------------------------------------------------------------------------------------- policy
+def sample_action(
+    policy: GaussianPolicy, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, scale: float = 1.0
+) -> Float[Array, "batch act_dim"]:
+    """a ~ pi(. | s), its deviation scaled, clipped (D18)."""
+    mean = jax.vmap(policy)(obs)
+    return jnp.clip(mean + scale * policy.std[None] * jax.random.normal(key, mean.shape), -1, 1)
+
+
+# ------------------------------------------------------------------------------------------------------- losses
+def value_loss(value: Value, target_critics: Critic, batch: Dataset, args: Args) -> tuple[Float[Array, ""], dict]:
+    """Eq. 22: mean |expectile - 1(u < 0)| u^2 with u = min_i Q'_i(s, a) - V(s) (D13, D14)."""
+    v = jax.vmap(value)(batch.obs)
+    error = twin_q(target_critics, batch.obs, batch.action).min(axis=0) - v
+    loss = jnp.mean(jnp.where(error < 0, 1 - args.expectile, args.expectile) * error**2)
+    return loss, {"value_loss": loss, "v": v.mean()}
+
+
+def critic_target(value: Value, batch: Dataset, args: Args) -> Float[Array, " batch"]:
+    """Eq. 22: r + gamma (1 - terminal) V(s')."""
+    return batch.reward + args.gamma * (1 - batch.terminal) * jax.vmap(value)(batch.next_obs)
+
+
+def critic_loss(critics: Critic, target: Float[Array, " batch"], batch: Dataset) -> tuple[Float[Array, ""], dict]:
+    """Eq. 6: the sum over both critics of mean (Q_i(s, a) - target)^2."""
+    q = twin_q(critics, batch.obs, batch.action)
+    loss = jnp.sum(jnp.mean((q - jax.lax.stop_gradient(target)[None]) ** 2, axis=1))
+    return loss, {"critic_loss": loss, "q": q.mean()}
+
+
+def advantage_weight(value: Value, target_critics: Critic, batch: Dataset, args: Args) -> Float[Array, " batch"]:
+    """Eq. 20: f = min(100, e^(A / temperature)), A = min_i Q'_i(s, a) - V(s) (D13)."""
+    advantage = twin_q(target_critics, batch.obs, batch.action).min(axis=0) - jax.vmap(value)(batch.obs)
+    return jnp.minimum(jnp.exp(advantage / args.temperature), 100.0)
+
+
+def policy_loss(
+    policy: GaussianPolicy, weight: Float[Array, " batch"], batch: Dataset
+) -> tuple[Float[Array, ""], dict]:
+    """Eq. 20 (IQL, Eq. 7): -mean f(s, a) log pi(a | s)."""
+    weight = jax.lax.stop_gradient(weight)
+    log_likelihood = jax.vmap(policy.log_prob)(batch.obs, batch.action)
+    loss = -jnp.mean(weight * log_likelihood)
+    return loss, {"policy_loss": loss, "log_likelihood": log_likelihood.mean(), "weight": weight.mean()}
+
+
+# ----------------------------------------------------------------------------------------------------- training
+def train_step(
+    state: TrainState, step: Int[Array, ""], key: PRNGKeyArray, dataset: Dataset, args: Args
+) -> tuple[TrainState, dict]:
+    """Update number `step` (1, 2, ...) of one seed: Alg. 1, with IQL's order."""
+    batch_key = jax.random.fold_in(key, step)
+    policy_optimizer, optimizer = make_optimizers(args)
+
+    # Sample a batch
+    index = jax.random.randint(batch_key, (args.batch_size,), 0, len(dataset.reward))
+    batch = jax.tree.map(lambda array: array[index], dataset)
+
+    # Update the value
+    grads, value_metrics = jax.grad(value_loss, has_aux=True)(state.value, state.target_critics, batch, args)
+    updates, value_opt = optimizer.update(grads, state.value_opt)
+    value = optax.apply_updates(state.value, updates)
+
+    # Update the policy
+    weight = advantage_weight(value, state.target_critics, batch, args)
+    grads, policy_metrics = jax.grad(policy_loss, has_aux=True)(state.policy, weight, batch)
+    updates, policy_opt = policy_optimizer.update(grads, state.policy_opt)
+    policy = optax.apply_updates(state.policy, updates)
+
+    # Update the critics
+    target = critic_target(value, batch, args)
+    grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(state.critics, target, batch)
+    updates, critics_opt = optimizer.update(grads, state.critics_opt)
+    critics = optax.apply_updates(state.critics, updates)
+
+    # Move the target
+    target_critics = optax.incremental_update(critics, state.target_critics, args.tau)
+
+    state = TrainState(policy, policy_opt, critics, critics_opt, target_critics, value, value_opt)
+    return state, value_metrics | critic_metrics | policy_metrics
+
+
+@partial(jax.jit, static_argnames="num_steps", donate_argnames="state")
+def train_chunk(
+    state: TrainState, start: Int[Array, ""], keys: Key[Array, " seeds"], dataset: Dataset, args: Args, num_steps: int
+) -> tuple[TrainState, dict]:
+    """Updates start + 1 to start + num_steps of all seeds; metrics are (num_steps, seeds)."""
+    step_of_all_seeds = jax.vmap(train_step, in_axes=(0, None, 0, None, None))
+    steps = start + 1 + jnp.arange(num_steps)
+    return jax.lax.scan(lambda state, step: step_of_all_seeds(state, step, keys, dataset, args), state, steps)
+
+
+# ------------------------------------------------------------------------------------------------------- acting
+@jax.jit
+@partial(jax.vmap, in_axes=(0, 0, 0, 0, None, None))
+def select_action(
+    policy: GaussianPolicy, critics: Critic, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, step, args: Args
+) -> Float[Array, "batch act_dim"]:
+    """Alg. 2, for a batch of seeds: one of N actions of the policy, with probability ~ exp(min_i Q_i(s, a))."""
+    sample_key, choice_key = jax.random.split(jax.random.fold_in(key, step))
+    candidate_obs = jnp.repeat(obs, args.num_eval_actions, axis=0)
+    scale = 0.0 if args.num_eval_actions == 1 else 1.0
+    action = sample_action(policy, candidate_obs, sample_key, scale)
+    q = twin_q(critics, candidate_obs, action).min(axis=0).reshape(len(obs), args.num_eval_actions)
+    choice = jax.random.categorical(choice_key, q)
+    return action.reshape(*q.shape, -1)[jnp.arange(len(obs)), choice]
+
+
+# --------------------------------------------------------------------------------------------------------- main
+def train(args: Args) -> dict:
+    """Trains and evaluates all seeds; returns the last score, OMS and RAT of each."""
+    setup(args)
+    task = resolve_task(args.env_id, args.dataset_id, args.dataset_path)
+    args = with_domain_defaults(args, task.environment.domain, iql=True)
+    dataset, info = load_dataset(task, args.reward_rule, args.normalize_obs)
+    with Run(__file__, args, task, info) as run:
+        evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes, info)
+        init_keys, train_keys, act_keys = run.keys(3)
+        obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
+        state = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))(init_keys)
+        for start in range(0, args.num_updates, run.chunk):
+            update = start + run.chunk
+            state, metrics = train_chunk(state, start, train_keys, dataset, args, run.chunk)
+            run.log_metrics(update, metrics)
+            if update % args.eval_every == 0:
+                eval_keys = jax.vmap(jax.random.fold_in, (0, None))(act_keys, update)
+                act = lambda obs, t: select_action(state.policy, state.critics, obs, eval_keys, t, args)
+                run.log_evaluation(update, evaluate(act, update), state)
+        return run.finish()
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))

@@ -1,0 +1,267 @@
+"""TD3+BC: A Minimalist Approach to Offline RL (Fujimoto & Gu, NeurIPS 2021), EDP + TD3+BC with a deterministic policy.
+
+    init_state: policy pi(s), critics Q_1 and Q_2, a target copy of each
+    repeat num_updates times (train_step):
+        draw a batch (s, a, r, s', terminal)
+        critics: minimise critic_loss to critic_target, where a' <- sample_action(target policy, s'), a noisy pi'(s')
+        policy, every second time: minimise policy_loss: the distance of pi(s) to a, and pi(s) climbing Q
+        move the targets, every second time
+    act: select_action takes pi(s); or draws N actions around it and picks one with probability proportional to exp Q
+
+Run:  python algorithms/td3bc.py --env-id pointmaze-umaze --num-seeds 2
+      python algorithms/td3bc.py --dataset-id D4RL/pen/expert-v2 --num-updates 100000
+Table 6 of the paper: --num-eval-actions 10 is "TD3+EAS".
+
+Differences from the EDP paper (P), from its authors' code (C) and from TD3+BC's paper (O); equations are P's:
+D1  P: a' comes from the target policy, as in C; Alg. 1 prints pi_theta.
+D5  C updates the policy by the critics from before their update; here by the new ones, as Alg. 1.
+D6  C silently replaces the gradient-norm clip of 5 by 1 to 10 for each task.
+D7  C starts from LeCun-normal weights and zero biases; here both are uniform in +-1/sqrt(fan_in), as in PyTorch.
+D17 O has other networks and hyperparameters; what is not noted here is EDP's, so that the policy alone differs.
+D20 O's learning rate, 3e-4, serves every domain; Table 3 is EDP's.
+D23 O standardises observations: --normalize-obs.
+D24 P does not say between which actions EAS chooses if the policy is deterministic; here clip(pi(s) + 0.2 N(0, I)).
+"""
+
+# ------------------------------------------------------------------------------------------------------ imports
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+
+from common.data import Dataset, load_dataset, resolve_task
+from common.evaluation import Evaluator
+from common.networks import Critic, TanhPolicy, init_twin_critics, twin_q
+from common.run import Run, setup
+from common.tasks import RewardRule, with_domain_defaults
+
+
+# ---------------------------------------------------------------------------------------------------- arguments
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Args:
+    """Flags without a default take that of their domain (Table 3); all are shown at the start of the run."""
+
+    # Experiment
+    env_id: str = "pointmaze-umaze"
+    """the task"""
+    list_envs: bool = False
+    """print every task with its data, protocol and settings, and stop"""
+    dataset_id: str | None = None
+    """any Minari dataset, remote or local; its own environment then replaces --env-id"""
+    dataset_path: str | None = None
+    """an original D4RL file (HDF5) of the task, in place of Minari's data"""
+    reward_rule: RewardRule | None = None
+    """how the dataset's rewards are shaped before learning"""
+    normalize_obs: bool = False
+    """standardise observations by the dataset's mean and deviation"""
+    seed: int = 0
+    """the first seed; a run is a function of (seed, update)"""
+    num_seeds: int = 1
+    """seeds trained together in one program: seed, seed + 1, ..."""
+    run_dir: str | None = None
+    """where to write; by default runs/<env-id>__<algorithm>__<seed>__<time>"""
+    track: bool = False
+    """log to Weights & Biases as well"""
+
+    # Evaluation
+    eval_every: int | None = None
+    """updates between evaluations"""
+    eval_episodes: int | None = None
+    """episodes of each evaluation, for each seed"""
+    num_eval_actions: int = 1
+    """N of energy-based action selection (Alg. 2); 1 is the policy's own action"""
+    eval_noise: float = 0.2
+    """deviation of the N actions from the policy's own, if N > 1 (D24)"""
+
+    # Optimisation
+    num_updates: int | None = None
+    """gradient updates; 1000 are an epoch of the paper"""
+    batch_size: int = 256
+    """transitions of an update"""
+    learning_rate: float = 3e-4
+    """Adam's, for all networks (D20)"""
+    lr_decay: bool = False
+    """cosine decay of the policy's learning rate to 0"""
+    max_grad_norm: float = 5.0
+    """gradient-norm clip of each network (Table 3)"""
+    gamma: float = 0.99
+    """discount"""
+    tau: float = 0.005
+    """Polyak rate of the targets"""
+
+    # Algorithm
+    max_q_backup: bool = False
+    """back up the best of 10 next actions, as Diffusion-QL in antmaze"""
+    alpha: float = 2.5
+    """weight of the guidance loss"""
+    policy_every: int = 2
+    """updates of the critics for each of the policy and the targets"""
+    policy_noise: float = 0.2
+    """deviation of the target policy's actions"""
+    noise_clip: float = 0.5
+    """the most that a target action deviates"""
+
+
+# ------------------------------------------------------------------------------------------------------- state
+class TrainState(NamedTuple):
+    policy: TanhPolicy
+    policy_opt: optax.OptState
+    critics: Critic
+    critics_opt: optax.OptState
+    target_critics: Critic
+    target_policy: TanhPolicy
+
+
+def make_optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """(the policy's, the other networks'): Adam after a clip of the global gradient norm."""
+    clip, rate = optax.clip_by_global_norm(args.max_grad_norm), args.learning_rate
+    policy_rate = optax.cosine_decay_schedule(rate, args.num_updates / args.policy_every) if args.lr_decay else rate
+    return optax.chain(clip, optax.adam(policy_rate)), optax.chain(clip, optax.adam(rate))
+
+
+def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> TrainState:
+    policy_key, critics_key = jax.random.split(key)
+    policy_optimizer, optimizer = make_optimizers(args)
+    policy = TanhPolicy(obs_dim, act_dim, policy_key)
+    critics = init_twin_critics(obs_dim, act_dim, critics_key)
+    policy_opt, critics_opt = policy_optimizer.init(policy), optimizer.init(critics)
+    target_critics, target_policy = jax.tree.map(jnp.copy, (critics, policy))  # copies: donated buffers must differ
+    return TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
+
+
+# ------------------------------------------------------------------------------------------------------- policy
+def sample_action(
+    policy: TanhPolicy, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, std: float, limit=jnp.inf
+) -> Float[Array, "batch act_dim"]:
+    """clip(pi(s) + clip(e, -limit, limit), -1, 1), e ~ N(0, std^2 I)."""
+    mean = jax.vmap(policy)(obs)
+    noise = jnp.clip(std * jax.random.normal(key, mean.shape), -limit, limit)
+    return jnp.clip(mean + noise, -1, 1)
+
+
+# ------------------------------------------------------------------------------------------------------- losses
+def critic_target(
+    target_critics: Critic, target_policy: TanhPolicy, batch: Dataset, key: PRNGKeyArray, args: Args
+) -> Float[Array, " batch"]:
+    """Eq. 14: r + gamma (1 - terminal) min_i Q'_i(s', a'), a' ~ target policy (D1)."""
+    num_actions = 10 if args.max_q_backup else 1  # of which each target critic takes its best
+    next_obs = jnp.repeat(batch.next_obs, num_actions, axis=0)
+    next_action = sample_action(target_policy, next_obs, key, args.policy_noise, args.noise_clip)
+    next_q = twin_q(target_critics, next_obs, next_action).reshape(2, -1, num_actions).max(axis=2)
+    return batch.reward + args.gamma * (1 - batch.terminal) * next_q.min(axis=0)
+
+
+def critic_loss(critics: Critic, target: Float[Array, " batch"], batch: Dataset) -> tuple[Float[Array, ""], dict]:
+    """Eq. 6: the sum over both critics of mean (Q_i(s, a) - target)^2."""
+    q = twin_q(critics, batch.obs, batch.action)
+    loss = jnp.sum(jnp.mean((q - jax.lax.stop_gradient(target)[None]) ** 2, axis=1))
+    return loss, {"critic_loss": loss, "q": q.mean()}
+
+
+def policy_loss(policy: TanhPolicy, critics: Critic, batch: Dataset, args: Args) -> tuple[Float[Array, ""], dict]:
+    """Eq. 15, 16 (TD3+BC, Sec. 5): mean (pi(s) - a)^2 - lambda mean Q_1(s, pi(s)), lambda = alpha / mean |Q_1|."""
+    action = jax.vmap(policy)(batch.obs)
+    bc = jnp.mean((action - batch.action) ** 2)
+    critic = jax.tree.map(lambda leaf: leaf[0], critics)
+    q = jax.vmap(critic)(batch.obs, action)
+    guidance = -jnp.mean(q) / jax.lax.stop_gradient(jnp.mean(jnp.abs(q)))
+    loss = bc + args.alpha * guidance
+    return loss, {"policy_loss": loss, "bc_loss": bc, "guidance_loss": guidance}
+
+
+# ----------------------------------------------------------------------------------------------------- training
+def train_step(
+    state: TrainState, step: Int[Array, ""], key: PRNGKeyArray, dataset: Dataset, args: Args
+) -> tuple[TrainState, dict]:
+    """Update number `step` (1, 2, ...) of one seed: Alg. 1."""
+    batch_key, target_key = jax.random.split(jax.random.fold_in(key, step))
+    policy_optimizer, optimizer = make_optimizers(args)
+
+    # Sample a batch
+    index = jax.random.randint(batch_key, (args.batch_size,), 0, len(dataset.reward))
+    batch = jax.tree.map(lambda array: array[index], dataset)
+
+    # Update the critics
+    target = critic_target(state.target_critics, state.target_policy, batch, target_key, args)
+    grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(state.critics, target, batch)
+    updates, critics_opt = optimizer.update(grads, state.critics_opt)
+    critics = optax.apply_updates(state.critics, updates)
+
+    # Update the policy, every second time; else only look at its loss
+    def improve(policy, policy_opt):
+        grads, metrics = jax.grad(policy_loss, has_aux=True)(policy, critics, batch, args)
+        updates, policy_opt = policy_optimizer.update(grads, policy_opt)
+        return optax.apply_updates(policy, updates), policy_opt, metrics
+
+    def wait(policy, policy_opt):
+        return policy, policy_opt, policy_loss(policy, critics, batch, args)[1]
+
+    is_due = step % args.policy_every == 0
+    policy, policy_opt, policy_metrics = jax.lax.cond(is_due, improve, wait, state.policy, state.policy_opt)
+
+    # Move the targets, together with the policy
+    tau = jnp.where(is_due, args.tau, 0.0)
+    target_critics = optax.incremental_update(critics, state.target_critics, tau)
+    target_policy = optax.incremental_update(policy, state.target_policy, tau)
+
+    state = TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
+    return state, critic_metrics | policy_metrics
+
+
+@partial(jax.jit, static_argnames="num_steps", donate_argnames="state")
+def train_chunk(
+    state: TrainState, start: Int[Array, ""], keys: Key[Array, " seeds"], dataset: Dataset, args: Args, num_steps: int
+) -> tuple[TrainState, dict]:
+    """Updates start + 1 to start + num_steps of all seeds; metrics are (num_steps, seeds)."""
+    step_of_all_seeds = jax.vmap(train_step, in_axes=(0, None, 0, None, None))
+    steps = start + 1 + jnp.arange(num_steps)
+    return jax.lax.scan(lambda state, step: step_of_all_seeds(state, step, keys, dataset, args), state, steps)
+
+
+# ------------------------------------------------------------------------------------------------------- acting
+@jax.jit
+@partial(jax.vmap, in_axes=(0, 0, 0, 0, None, None))
+def select_action(
+    policy: TanhPolicy, critics: Critic, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, step, args: Args
+) -> Float[Array, "batch act_dim"]:
+    """Alg. 2, for a batch of seeds: one of N actions of the policy, with probability ~ exp(min_i Q_i(s, a))."""
+    sample_key, choice_key = jax.random.split(jax.random.fold_in(key, step))
+    candidate_obs = jnp.repeat(obs, args.num_eval_actions, axis=0)
+    std = 0.0 if args.num_eval_actions == 1 else args.eval_noise
+    action = sample_action(policy, candidate_obs, sample_key, std)
+    q = twin_q(critics, candidate_obs, action).min(axis=0).reshape(len(obs), args.num_eval_actions)
+    choice = jax.random.categorical(choice_key, q)
+    return action.reshape(*q.shape, -1)[jnp.arange(len(obs)), choice]
+
+
+# --------------------------------------------------------------------------------------------------------- main
+def train(args: Args) -> dict:
+    """Trains and evaluates all seeds; returns the last score, OMS and RAT of each."""
+    setup(args)
+    task = resolve_task(args.env_id, args.dataset_id, args.dataset_path)
+    args = with_domain_defaults(args, task.environment.domain)
+    dataset, info = load_dataset(task, args.reward_rule, args.normalize_obs)
+    with Run(__file__, args, task, info) as run:
+        evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes, info)
+        init_keys, train_keys, act_keys = run.keys(3)
+        obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
+        state = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))(init_keys)
+        for start in range(0, args.num_updates, run.chunk):
+            update = start + run.chunk
+            state, metrics = train_chunk(state, start, train_keys, dataset, args, run.chunk)
+            run.log_metrics(update, metrics)
+            if update % args.eval_every == 0:
+                eval_keys = jax.vmap(jax.random.fold_in, (0, None))(act_keys, update)
+                act = lambda obs, t: select_action(state.policy, state.critics, obs, eval_keys, t, args)
+                run.log_evaluation(update, evaluate(act, update), state)
+        return run.finish()
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
