@@ -37,7 +37,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from common.data import Dataset, load_dataset, resolve_task
 from common.evaluation import Evaluator
 from common.networks import Critic, TanhPolicy, init_twin_critics, twin_q
-from common.run import Run, setup
+from common.run import Run, init_seeds, setup
 from common.tasks import RewardRule, with_domain_defaults
 
 
@@ -137,7 +137,7 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
 
 # ------------------------------------------------------------------------------------------------------- policy
 def sample_action(
-    policy: TanhPolicy, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, std: float, limit=jnp.inf
+    policy: TanhPolicy, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, std, limit=jnp.inf
 ) -> Float[Array, "batch act_dim"]:
     """clip(pi(s) + clip(e, -limit, limit), -1, 1), e ~ N(0, std^2 I)."""
     mean = jax.vmap(policy)(obs)
@@ -251,7 +251,7 @@ def train(args: Args) -> dict:
         evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes, info)
         init_keys, train_keys, act_keys = run.keys(3)
         obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
-        state = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))(init_keys)
+        state = init_seeds(lambda key: init_state(key, obs_dim, act_dim, args), init_keys)
         for start in range(0, args.num_updates, run.chunk):
             update = start + run.chunk
             state, metrics = train_chunk(state, start, train_keys, dataset, args, run.chunk)
