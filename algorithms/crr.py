@@ -129,7 +129,7 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
 
 # ------------------------------------------------------------------------------------------------------- policy
 def sample_action(
-    policy: GaussianPolicy, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, scale: float = 1.0
+    policy: GaussianPolicy, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, scale=1
 ) -> Float[Array, "batch act_dim"]:
     """a ~ pi(. | s), its deviation scaled, clipped (D18)."""
     mean = jax.vmap(policy)(obs)
@@ -226,7 +226,7 @@ def select_action(
     """Alg. 2, for a batch of seeds: one of N actions of the policy, with probability ~ exp(min_i Q_i(s, a))."""
     sample_key, choice_key = jax.random.split(jax.random.fold_in(key, step))
     candidate_obs = jnp.repeat(obs, args.num_eval_actions, axis=0)
-    scale = 0.0 if args.num_eval_actions == 1 else 1.0
+    scale = 0 if args.num_eval_actions == 1 else 1
     action = sample_action(policy, candidate_obs, sample_key, scale)
     q = twin_q(critics, candidate_obs, action).min(axis=0).reshape(len(obs), args.num_eval_actions)
     choice = jax.random.categorical(choice_key, q)

@@ -233,7 +233,7 @@ def select_action(
     """Alg. 2, for a batch of seeds: one of N actions of the policy, with probability ~ exp(min_i Q_i(s, a))."""
     sample_key, choice_key = jax.random.split(jax.random.fold_in(key, step))
     candidate_obs = jnp.repeat(obs, args.num_eval_actions, axis=0)
-    std = 0.0 if args.num_eval_actions == 1 else args.eval_noise
+    std = 0 if args.num_eval_actions == 1 else args.eval_noise
     action = sample_action(policy, candidate_obs, sample_key, std)
     q = twin_q(critics, candidate_obs, action).min(axis=0).reshape(len(obs), args.num_eval_actions)
     choice = jax.random.categorical(choice_key, q)
