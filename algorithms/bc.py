@@ -33,7 +33,7 @@ from common.diffusion import ScheduleName, corrupt, ddpm_sample, make_schedule
 from common.dpm_solver import dpm_solver_sample
 from common.evaluation import Evaluator
 from common.networks import GaussianPolicy, NoisePredictor
-from common.run import Run, setup
+from common.run import Run, init_seeds, setup
 from common.tasks import with_domain_defaults
 
 
@@ -151,7 +151,8 @@ def sample_action(
     init_key, key = jax.random.split(key)
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
     noise = scale * jax.random.normal(init_key, (len(obs), policy.act_dim))
-    noise_fn = lambda noisy_action, k: temperature * jax.vmap(policy, in_axes=(0, 0, None))(obs, noisy_action, k)
+    predict = jax.jit(jax.vmap(policy, in_axes=(0, 0, None)))  # traced once for all calls
+    noise_fn = lambda noisy_action, k: temperature * predict(obs, noisy_action, k)
     if args.sampler == "ddpm":
         return ddpm_sample(noise_fn, schedule, noise, key, clip=True)
     return dpm_solver_sample(noise_fn, schedule, noise, args.num_solver_calls, args.solver_order, clip=True)
@@ -222,7 +223,7 @@ def train(args: Args) -> dict:
         evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes, info)
         init_keys, train_keys, act_keys = run.keys(3)
         obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
-        state = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))(init_keys)
+        state = init_seeds(lambda key: init_state(key, obs_dim, act_dim, args), init_keys)
         for start in range(0, args.num_updates, run.chunk):
             update = start + run.chunk
             state, metrics = train_chunk(state, start, train_keys, dataset, args, run.chunk)

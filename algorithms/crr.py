@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from common.data import Dataset, load_dataset, resolve_task
 from common.evaluation import Evaluator
 from common.networks import Critic, GaussianPolicy, init_twin_critics, twin_q
-from common.run import Run, setup
+from common.run import Run, init_seeds, setup
 from common.tasks import RewardRule, with_domain_defaults
 
 
@@ -244,7 +244,7 @@ def train(args: Args) -> dict:
         evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes, info)
         init_keys, train_keys, act_keys = run.keys(3)
         obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
-        state = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))(init_keys)
+        state = init_seeds(lambda key: init_state(key, obs_dim, act_dim, args), init_keys)
         for start in range(0, args.num_updates, run.chunk):
             update = start + run.chunk
             state, metrics = train_chunk(state, start, train_keys, dataset, args, run.chunk)

@@ -18,18 +18,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import gymnasium
 import h5py
 import jax
 import jax.numpy as jnp
 import minari
 import numpy as np
+from gymnasium.spaces import Box
 from jaxtyping import Array, Float
+from minari.dataset.minari_storage import is_image_space
 from minari.serialization import deserialize_space
 from minari.storage.datasets_root_dir import get_dataset_path
 
 from common import pointmaze
 from common.d4rl import d4rl_task, read_d4rl
+from common.devices import replicate
+from common.environments import make_env, observation_parts
 from common.tasks import Environment, RewardRule, Task, find_task, normalized_score, task_of_dataset
 from common.transitions import (
     Transitions,
@@ -90,7 +93,9 @@ def resolve_task(env_id: str, dataset_id: str | None = None, dataset_path: str |
             _ensure_local(part)
         return task
     _ensure_local(dataset_id)
-    return task_of_dataset(dataset_id, _metadata(dataset_id).get("env_spec"))
+    env_spec = _metadata(dataset_id).get("env_spec")
+    with _refusing_damage(f"Dataset {dataset_id} in {get_dataset_path(dataset_id)}"):
+        return task_of_dataset(dataset_id, env_spec)
 
 
 def _ensure_local(dataset_id: str) -> None:
@@ -131,8 +136,11 @@ def _ensure_local(dataset_id: str) -> None:
         with _staged(path):
             minari.download_dataset(dataset_id)
     except Exception as error:  # the hub client's classes differ from version to version
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SystemExit(f"Dataset {dataset_id} could not be downloaded ({reason}). {help_text}") from None
+        raise SystemExit(f"Dataset {dataset_id} could not be downloaded ({_reason(error)}). {help_text}") from None
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _d4rl_name(dataset_id: str) -> str:
@@ -194,7 +202,7 @@ def _hub_answers() -> bool:
 def _metadata(dataset_id: str) -> dict:
     path = get_dataset_path(dataset_id)
     with _refusing_damage(f"Dataset {dataset_id} in {path}"):
-        return json.loads((path / "data" / "metadata.json").read_text())
+        return dict(json.loads((path / "data" / "metadata.json").read_text()))
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -222,17 +230,17 @@ def read_minari(dataset_id: str, environment: Environment) -> Transitions:
 def _refusing_damage(name: str) -> Iterator[None]:
     try:
         yield
-    except ImportError as error:
-        raise SystemExit(f"{name} cannot be read: {error}.") from None
-    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
-        raise SystemExit(f"{name} is damaged ({error}): remove it and download or make it again.") from None
+    except (ImportError, MemoryError) as error:
+        raise SystemExit(f"{name} cannot be read: {_reason(error)}.") from None
+    except (OSError, KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
+        raise SystemExit(f"{name} is damaged ({_reason(error)}): remove it and download or make it again.") from None
 
 
 def _cached(name: str, source: Path, settings, read: Callable[[], Transitions]) -> Transitions:
     """`read()`, or what it returned when the files at `source` and the settings were the same."""
     files = sorted(path for path in [source, *source.rglob("*")] if path.is_file())
     state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    fingerprint = hashlib.sha256(json.dumps([state, settings, 1]).encode()).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps([state, settings, 2]).encode()).hexdigest()
     folder = CACHE / "datasets" / f"{name}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}"
     try:
         if (folder / "fingerprint").read_text() == fingerprint:
@@ -240,6 +248,9 @@ def _cached(name: str, source: Path, settings, read: Callable[[], Transitions]) 
     except (OSError, ValueError, EOFError):
         pass  # no cache yet, or one cut short
     transitions = read()
+    for field, array in transitions._asdict().items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"its {field} is not a finite number everywhere")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=folder.parent))
@@ -268,9 +279,7 @@ def _read_files(dataset_id: str, environment: Environment) -> Transitions:
         result, end = None, 0
         ends = []
         for episode in episodes:
-            observations = episode["observations"]
-            keys = environment.obs_keys or (tuple(observations) if hasattr(observations, "keys") else ())
-            parts = [observations[key] for key in keys] if keys else [observations]
+            parts = observation_parts(episode["observations"], environment.obs_keys)
             obs = np.concatenate([np.asarray(p, np.float32).reshape(len(p), -1) for p in parts], axis=1)
             action = np.asarray(episode["actions"], np.float32)
             if result is None:
@@ -278,6 +287,9 @@ def _read_files(dataset_id: str, environment: Environment) -> Transitions:
                 shapes |= {"next_obs": shapes["obs"], "terminal": (size,)}
                 result = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
             start, end = end, end + len(action)
+            lengths = {len(obs) - 1, len(action), len(episode["rewards"]), len(episode["terminations"])}
+            if len(lengths) > 1 or 0 in lengths:
+                raise ValueError("an episode's columns do not fit together")  # NumPy would repeat one of length 1
             result["obs"][start:end] = obs[:-1]
             result["next_obs"][start:end] = obs[1:]  # an episode of L steps has L + 1 observations, the last real
             result["action"][start:end] = action
@@ -302,6 +314,7 @@ def load_dataset(
     environment = task.environment
     low, high = _action_limits(task)
     transitions = relabel(read_transitions(task), environment)
+    _check_environment(task, transitions, low, high)
 
     returns = behaviour_returns(transitions, environment)
     behaviour_score = float(normalized_score(environment, returns).mean())
@@ -346,16 +359,48 @@ def load_dataset(
         terminal=transitions.terminal,
     )
     info = DatasetInfo(statistics, behaviour_score, low, high, mean, std, positions)
-    return jax.tree.map(jnp.asarray, dataset), info
+    return replicate(jax.tree.map(jnp.asarray, dataset)), info
 
 
 def _action_limits(task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """The bounds of the recorded actions' space. Exits unless it is a bounded Box."""
+    """The bounds of the recorded actions. Exits unless actions and observations are of a kind that can be learned."""
     if task.d4rl_file is not None:
         return np.full(1, -1, np.float32), np.full(1, 1, np.float32)  # all of D4RL's
-    dataset_id = task.dataset_ids[0]
-    with _refusing_damage(f"Dataset {dataset_id} in {get_dataset_path(dataset_id)}"):
-        space = deserialize_space(_metadata(dataset_id)["action_space"])
-    if not isinstance(space, gymnasium.spaces.Box) or not space.is_bounded():
-        raise SystemExit(f"Dataset {dataset_id} has the action space {space}; a bounded Box is needed.")
+    keys = task.environment.obs_keys
+    for dataset_id in task.dataset_ids:
+        with _refusing_damage(f"Dataset {dataset_id} in {get_dataset_path(dataset_id)}"):
+            metadata = _metadata(dataset_id)
+            space, obs_space = (deserialize_space(metadata[name]) for name in ("action_space", "observation_space"))
+        is_box = isinstance(space, Box) and len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating)
+        if not is_box or not space.is_bounded() or not (space.low < space.high).all():
+            raise SystemExit(
+                f"Dataset {dataset_id} has the action space {' '.join(str(space).split())}; a bounded Box of floats in "
+                "one dimension is needed."
+            )
+        parts = observation_parts(obs_space, keys) if set(keys) <= set(getattr(obs_space, "keys", tuple)()) else []
+        if not parts or any(not isinstance(part, Box) or is_image_space(part) for part in parts):
+            needed = f"a Dict with {', '.join(keys)}" if keys else "a Box or a Dict of them, without images,"
+            raise SystemExit(
+                f"Dataset {dataset_id} has the observation space {' '.join(str(obs_space).split())}; {needed} is "
+                "needed."
+            )
     return space.low.astype(np.float32), space.high.astype(np.float32)
+
+
+def _check_environment(task: Task, transitions: Transitions, low: np.ndarray, high: np.ndarray) -> None:
+    """Exits unless the evaluation environment can be made on this machine, with the data's observations and actions."""
+    name = f"Dataset {' + '.join(task.dataset_ids)}" if task.dataset_ids else f"The file {task.d4rl_file}"
+    try:
+        env = make_env(task.environment)
+    except Exception as error:  # whatever an environment that is not ours raises
+        raise SystemExit(f"{name} needs an environment that cannot be made here ({_reason(error)}).") from None
+    env.close()
+    space = env.env.action_space  # before it was scaled to [-1, 1]
+    obs_shape, act_shape = transitions.obs.shape[1:], transitions.action.shape[1:]
+    same_shapes = (obs_shape, act_shape) == (env.observation_space.shape, space.shape)
+    if not same_shapes or not (np.allclose(space.low, low) and np.allclose(space.high, high)):
+        raise SystemExit(
+            f"{name} does not fit its environment {env.unwrapped.spec.id}: observations {obs_shape} and "
+            f"{env.observation_space.shape}, actions {act_shape} in [{low.min():g}, {high.max():g}] and "
+            f"{space.shape} in [{space.low.min():g}, {space.high.max():g}]."
+        )

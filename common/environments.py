@@ -30,6 +30,16 @@ def make_gym_env(gym_id: str | gymnasium.envs.registration.EnvSpec, **kwargs) ->
                 tempfile.tempdir = before
 
 
+def observation_parts(obs, keys: tuple[str, ...] = ()) -> list:
+    """The arrays (or spaces) of an observation in one order for data and evaluation: `keys`, or else by name.
+
+    A part may be a dict itself. A Dict space may list its keys in any order; HDF5 sorts them.
+    """
+    if not hasattr(obs, "keys"):
+        return [obs]
+    return [part for key in keys or sorted(obs.keys()) for part in observation_parts(obs[key])]
+
+
 class StartAndGoal(gymnasium.Wrapper):
     """Starts each episode in one cell of a maze with the goal in another; `centre` removes the goal's noise."""
 
@@ -64,6 +74,8 @@ def make_env(environment: Environment) -> gymnasium.Env:
     gym_id, kwargs = environment.gym_id, dict(environment.kwargs)
     if gym_id.startswith("{"):
         gym_id = gymnasium.envs.registration.EnvSpec.from_json(gym_id)
+        if not 0 < (gym_id.max_episode_steps or 0) <= 10_000:  # endless, to record in: an evaluation would not end
+            kwargs["max_episode_steps"] = 1000
     if environment.max_steps is not None:
         kwargs["max_episode_steps"] = environment.max_steps
     env = make_gym_env(gym_id, **kwargs)
@@ -71,12 +83,11 @@ def make_env(environment: Environment) -> gymnasium.Env:
         env = StartAndGoal(env, *environment.cells, centre=environment.fixed_goal)
     if environment.drop_below is not None:
         env = TerminateBelow(env, *environment.drop_below)
-    if isinstance(env.observation_space, gymnasium.spaces.Dict):
-        keys = environment.obs_keys or tuple(env.observation_space)
-        space = gymnasium.spaces.flatten_space(gymnasium.spaces.Tuple([env.observation_space[key] for key in keys]))
-        env = gymnasium.wrappers.TransformObservation(
-            env, lambda obs: np.concatenate([np.ravel(obs[key]) for key in keys]), space
-        )
+    keys, space = environment.obs_keys, env.observation_space
+    if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+        size = sum(int(np.prod(part.shape)) for part in observation_parts(space, keys))
+        flat = lambda obs: np.concatenate([np.ravel(part) for part in observation_parts(obs, keys)])
+        env = gymnasium.wrappers.TransformObservation(env, flat, gymnasium.spaces.Box(-np.inf, np.inf, (size,)))
     if environment.obs_columns or environment.obs_constants:
         columns, constants = list(environment.obs_columns), np.array(environment.obs_constants)
         space = gymnasium.spaces.Box(-np.inf, np.inf, (len(columns) + len(constants),))

@@ -1,8 +1,10 @@
 """Evaluation by D4RL's protocol: seeded copies of an environment, one episode each, raw returns."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
+import gymnasium
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -27,8 +29,12 @@ class Evaluator:
     """
 
     def __init__(self, environment: Environment, seeds: list[int], num_episodes: int, info: DatasetInfo):
-        self.seeds, self.num_episodes, self.info = seeds, num_episodes, info
-        self.envs = [[make_env(environment) for _ in range(num_episodes)] for _ in seeds]
+        self.environment, self.seeds, self.num_episodes, self.info = environment, seeds, num_episodes, info
+
+    @cached_property
+    def envs(self) -> list[list[gymnasium.Env]]:
+        """By seed and episode; made at the first evaluation, so that training starts without them."""
+        return [[make_env(self.environment) for _ in range(self.num_episodes)] for _ in self.seeds]
 
     def __call__(self, act: Callable[..., Array], update: int) -> Episodes:
         """`act(obs, t)` maps (seeds, episodes, obs_dim) at environment step t to actions in [-1, 1]."""

@@ -19,6 +19,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import equinox as eqx
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from common import pointmaze
 from common.data import CACHE, DatasetInfo
+from common.devices import split_seeds
 from common.diffusion import make_schedule
 from common.dpm_solver import solver_orders
 from common.evaluation import Episodes
@@ -98,6 +100,11 @@ def _check_value(name: str, value) -> None:
         raise SystemExit(f"{flag} must be {allowed}, but is {value}.")
 
 
+def init_seeds(init: Callable, keys: jax.Array):
+    """`init` of every seed's key. Compiled without optimisation, in half the time: it runs once, for milliseconds."""
+    return jax.jit(jax.vmap(init), compiler_options={"xla_backend_optimization_level": 0})(keys)
+
+
 class Run:
     """The record of one run; a context manager that leaves a readable folder however the run ends."""
 
@@ -154,9 +161,9 @@ class Run:
             raise SystemExit(f"Stopped; everything up to the last evaluation is in {self.folder}/.") from None
 
     def keys(self, num: int) -> tuple[jax.Array, ...]:
-        """`num` independent keys for every seed, each (seeds,)."""
+        """`num` independent keys for every seed, each (seeds,) and split over the devices."""
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), num))(np.array(self.seeds))
-        return tuple(keys[:, i] for i in range(num))
+        return split_seeds(tuple(keys[:, i] for i in range(num)))
 
     def log_metrics(self, update: int, metrics: dict[str, jax.Array]) -> None:
         """Records a chunk's metrics, each (updates, seeds), by their means. Exits if one is not finite."""

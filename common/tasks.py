@@ -43,7 +43,7 @@ class Environment(NamedTuple):
 
     domain: Domain
     gym_id: str  # or, for an environment outside the table, the JSON of its Gymnasium spec
-    max_steps: int | None = None  # None: as registered
+    max_steps: int | None = None  # None: as registered, or 1000 if that has no end
     reference: tuple[float, float] | None = None  # returns that score 0 and 100
     kwargs: dict[str, Any] = {}
     obs_keys: tuple[str, ...] = ()  # which parts of a dict observation the policy sees, in this order

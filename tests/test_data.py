@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 
@@ -10,8 +11,7 @@ import h5py
 import minari
 import numpy as np
 import pytest
-from minari.data_collector import EpisodeBuffer
-from recording import record, record_hopper
+from recording import by_hand, change_metadata, goal_here, record, record_hopper
 
 from common import data
 from common.data import load_dataset, read_minari, resolve_task
@@ -20,22 +20,6 @@ from common.tasks import ENVIRONMENTS, TASKS, Task, task_of_dataset
 from common.transitions import Transitions, behaviour_returns, best_episodes, relabel, shape_reward
 
 FORMATS = ["hdf5", "arrow"]
-
-
-def by_hand(dataset_id: str, *keys: str) -> dict[str, np.ndarray]:
-    """The flat arrays, by Minari's own iteration."""
-    columns = {name: [] for name in Transitions._fields}
-    for episode in minari.load_dataset(dataset_id).iterate_episodes():
-        obs = episode.observations
-        obs = np.concatenate([obs[key] for key in keys], axis=1) if keys else obs
-        columns["obs"].append(obs[:-1])
-        columns["next_obs"].append(obs[1:])
-        columns["action"].append(episode.actions)
-        columns["reward"].append(episode.rewards)
-        columns["terminal"].append(episode.terminations)
-        columns["episode_end"].append([len(episode.rewards)])
-    arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
-    return arrays | {"episode_end": np.cumsum(arrays["episode_end"])}
 
 
 def assert_same(transitions: Transitions, expected: dict[str, np.ndarray]):
@@ -100,36 +84,16 @@ def test_an_unknown_dict_observation_has_one_order_in_data_and_evaluation(datase
 
 def test_an_arrow_dataset_without_pyarrow_exits(datasets, monkeypatch, exit_sentence):
     dataset = record_hopper(num_episodes=2)
-    change_metadata(datasets, dataset.id, data_format="arrow")
+    change_metadata(dataset.id, data_format="arrow")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "minari.dataset._storages.arrow_storage", raising=False)
     assert "pyarrow" in exit_sentence(load, dataset.id)
-
-
-def test_an_action_space_that_is_no_box_exits_naming_it(datasets, exit_sentence):
-    env = gymnasium.make("CartPole-v1")
-    obs, _ = env.reset(seed=0)
-    episode = EpisodeBuffer(
-        observations=np.array([obs, env.step(0)[0]]),
-        actions=np.array([0]),
-        rewards=np.array([1.0]),
-        terminations=np.array([False]),
-        truncations=np.array([True]),
-    )
-    dataset = minari.create_dataset_from_buffers("test/cartpole/one-v0", [episode], env=env)
-    sentence = exit_sentence(load, dataset.id)
-    assert "Discrete" in sentence
-    assert "damaged" not in sentence
 
 
 # ----------------------------------------------------------------------------------------------- from data to task
 
 
 def test_antmaze_ends_where_it_is_paid(datasets):
-    def goal_here(env, episode):  # every third episode starts, and with so few steps stays, at its goal
-        if episode % 3 == 0:
-            env.unwrapped.goal = env.unwrapped.ant_env.data.qpos[:2].copy()
-
     env = make_gym_env("AntMaze_UMaze-v5", include_cfrc_ext_in_observation=False, max_episode_steps=4)
     dataset = record(env, "test/antmaze/random-v0", 6, prepare=goal_here)
     raw = by_hand(dataset.id, "observation")
@@ -216,6 +180,8 @@ def test_behaviour_is_scored_as_the_evaluation_environment_scores_the_same_actio
         played.append(total)
     transitions = read_minari(dataset.id, ENVIRONMENTS["AdroitHandPen"])
     np.testing.assert_allclose(behaviour_returns(transitions, ENVIRONMENTS["AdroitHandPen"]), played, rtol=1e-4)
+    assert (transitions.next_obs[:, 26] < 0.075).any(), "the pen was dropped"
+    assert not load(dataset.id)[0].terminal.any(), "which ends no episode of Minari's data"
 
 
 @pytest.mark.parametrize(
@@ -381,11 +347,6 @@ def test_a_cache_that_cannot_be_written_is_done_without(datasets, tmp_path, monk
 # ------------------------------------------------------------------------------------------------ damage, absence
 
 
-def change_metadata(root, dataset_id: str, **changes):
-    file = root / dataset_id / "data" / "metadata.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
 def truncate_hdf5(folder):
     file = folder / "data" / "main_data.hdf5"
     os.truncate(file, file.stat().st_size // 2)
@@ -394,6 +355,21 @@ def truncate_hdf5(folder):
 def lose_a_reward_column(folder):
     with h5py.File(folder / "data" / "main_data.hdf5", "r+") as file:
         del file["episode_1/rewards"]
+
+
+def spoil(folder, column: str, value: float):
+    with h5py.File(folder / "data" / "main_data.hdf5", "r+") as file:
+        file[f"episode_1/{column}"][-1] = value
+
+
+def shorten(folder, *columns: str, steps: int = 2):
+    """Cuts episode 1 to two steps, of which some columns have one only: NumPy would write it twice."""
+    with h5py.File(folder / "data" / "main_data.hdf5", "r+") as file:
+        removed = len(file["episode_1/rewards"]) - steps
+        for column, array in file["episode_1"].items():
+            if column != "infos":
+                array.resize(steps + (column == "observations") - (column in columns), axis=0)
+    lengthen(folder, "total_steps", -removed)
 
 
 def lengthen(folder, key: str, by: int):
@@ -414,6 +390,15 @@ DAMAGES = {
     "more steps promised": lambda folder: lengthen(folder, "total_steps", 5),
     "fewer steps promised": lambda folder: lengthen(folder, "total_steps", -5),
     "more episodes promised": lambda folder: lengthen(folder, "total_episodes", 1),
+    "more steps promised than there is memory for": lambda folder: lengthen(folder, "total_steps", 10**15),
+    "a reward that is no number": lambda folder: spoil(folder, "rewards", np.nan),
+    "an infinite action": lambda folder: spoil(folder, "actions", np.inf),
+    "a last observation that is no number": lambda folder: spoil(folder, "observations", np.nan),
+    "an observation too few": lambda folder: shorten(folder, "observations"),
+    "a reward too few": lambda folder: shorten(folder, "rewards"),
+    "a termination too few": lambda folder: shorten(folder, "terminations"),
+    "an episode without steps": lambda folder: shorten(folder, steps=0),
+    "metadata of another kind": lambda folder: (folder / "data" / "metadata.json").write_text("[]"),
 }
 
 
@@ -424,13 +409,38 @@ def test_a_damaged_dataset_exits_with_a_sentence_that_names_it(datasets, damage,
     assert dataset.id in exit_sentence(load, dataset.id)
 
 
-@pytest.mark.parametrize("key", ["action_space", "total_steps", "env_spec"])
+def test_two_steps_are_an_episode_if_nothing_is_missing(datasets):
+    dataset = record_hopper(num_episodes=3)
+    shorten(datasets / dataset.id)
+    assert np.diff(read_minari(dataset.id, ENVIRONMENTS["Hopper"]).episode_end)[0] == 2
+
+
+@pytest.mark.parametrize("part", ["1", "1/part-0.arrow"])
+def test_an_arrow_dataset_with_a_part_missing_exits(datasets, part, exit_sentence):
+    dataset = record_hopper(num_episodes=3, data_format="arrow")
+    path = datasets / dataset.id / "data" / part
+    shutil.rmtree(path) if path.is_dir() else os.truncate(path, path.stat().st_size // 2)
+    assert dataset.id in exit_sentence(load, dataset.id)
+
+
+@pytest.mark.parametrize("env_spec", ["{", "{}", "[]", '{"id": "Hopper-v5"}', '{"id": 5, "kwargs": {}}'])
+def test_a_damaged_description_of_the_environment_exits(datasets, env_spec, exit_sentence):
+    dataset = record_hopper(num_episodes=1)
+    change_metadata(dataset.id, env_spec=env_spec)
+    assert dataset.id in exit_sentence(load, dataset.id)
+
+
+@pytest.mark.parametrize("space", ["{", "{}", '{"type": "Sphere"}'])
+def test_a_damaged_description_of_a_space_exits(datasets, space, exit_sentence):
+    dataset = record_hopper(num_episodes=1)
+    change_metadata(dataset.id, observation_space=space)
+    assert dataset.id in exit_sentence(load, dataset.id)
+
+
+@pytest.mark.parametrize("key", ["action_space", "observation_space", "total_steps", "env_spec"])
 def test_metadata_without_a_key_exit_with_a_sentence(datasets, key, exit_sentence):
     dataset = record_hopper(num_episodes=2)
-    file = datasets / dataset.id / "data" / "metadata.json"
-    metadata = json.loads(file.read_text())
-    del metadata[key]
-    file.write_text(json.dumps(metadata))
+    change_metadata(dataset.id, **{key: None})
     assert dataset.id in exit_sentence(load, dataset.id)
 
 

@@ -61,7 +61,7 @@ def train(algorithm, flags, both_pay=False):
 
 @pytest.mark.parametrize(("algorithm", "flags"), ALGORITHMS + FEED_FORWARD)
 def test_policy_learns_the_mode_that_pays(algorithm, flags):
-    """With eta = 1 guidance alone (N = 1) leaves the behaviour's half and half; selection (Alg. 2) does the rest."""
+    """Guidance alone (N = 1) brings most actions of a diffusion policy there, selection (Alg. 2) the others."""
     state, act = train(algorithm, flags)
     assert np.mean(act(1) > 0) > 0.6
     assert np.mean(act(10) > 0) > 0.9
