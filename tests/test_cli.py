@@ -365,7 +365,7 @@ def test_an_impossible_argument_exits_naming_it(args, named, pointmaze_datasets,
         (td3bc, {"policy_every": 0}, "--policy-every must be positive, but is 0."),
         (td3bc, {"policy_noise": -0.1}, "--policy-noise must be 0 or more, but is -0.1."),
     ],
-    ids=str,
+    ids=["no episodes", "ten times all", "no updates", "negative noise"],
 )
 def test_impossible_arguments_of_the_feed_forward_algorithms(algorithm, args, condition, exit_sentence):
     assert exit_sentence(algorithm.train, algorithm.Args(**args)) == condition
