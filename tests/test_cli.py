@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import equinox as eqx
+import gymnasium
 import jax
 import jax.numpy as jnp
 import matplotlib.image
@@ -298,7 +299,7 @@ def test_the_picture_shows_real_positions_when_observations_are_normalized(tmp_p
     np.testing.assert_allclose(policy_paths[0], [[-1.0, -1.0], [-1.0, -1.0]])
 
 
-class StandingStill:
+class StandingStill(gymnasium.Env):
     """One step at the start of the smallest maze."""
 
     def reset(self, seed):
