@@ -168,7 +168,7 @@ def advantage_weight(
 def policy_loss(
     policy: GaussianPolicy, critics: Critic, batch: Dataset, key: PRNGKeyArray, args: Args
 ) -> tuple[Float[Array, ""], dict]:
-    """Eq. 20 (CRR, Sec. 3): -mean f(s, a) log pi(a | s)."""
+    """Eq. 20 (CRR's paper): -mean f(s, a) log pi(a | s)."""
     weight = jax.lax.stop_gradient(advantage_weight(critics, policy, batch, key, args))
     log_likelihood = jax.vmap(policy.log_prob)(batch.obs, batch.action)
     loss = -jnp.mean(weight * log_likelihood)

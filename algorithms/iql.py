@@ -169,7 +169,7 @@ def advantage_weight(value: Value, target_critics: Critic, batch: Dataset, args:
 def policy_loss(
     policy: GaussianPolicy, weight: Float[Array, " batch"], batch: Dataset
 ) -> tuple[Float[Array, ""], dict]:
-    """Eq. 20 (IQL, Eq. 7): -mean f(s, a) log pi(a | s)."""
+    """Eq. 20 (IQL's paper): -mean f(s, a) log pi(a | s)."""
     weight = jax.lax.stop_gradient(weight)
     log_likelihood = jax.vmap(policy.log_prob)(batch.obs, batch.action)
     loss = -jnp.mean(weight * log_likelihood)

@@ -165,7 +165,7 @@ def critic_loss(critics: Critic, target: Float[Array, " batch"], batch: Dataset)
 
 
 def policy_loss(policy: TanhPolicy, critics: Critic, batch: Dataset, args: Args) -> tuple[Float[Array, ""], dict]:
-    """Eq. 15, 16 (TD3+BC, Sec. 5): mean (pi(s) - a)^2 - lambda mean Q_1(s, pi(s)), lambda = alpha / mean |Q_1|."""
+    """Eq. 15, 16 (TD3+BC's paper): mean (pi(s) - a)^2 - lambda mean Q_1(s, pi(s)), lambda = alpha / mean |Q_1|."""
     action = jax.vmap(policy)(batch.obs)
     bc = jnp.mean((action - batch.action) ** 2)
     critic = jax.tree.map(lambda leaf: leaf[0], critics)

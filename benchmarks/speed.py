@@ -63,7 +63,7 @@ from common import networks
 from common.data import Dataset, DatasetInfo, load_dataset, resolve_task
 from common.environments import make_gym_env
 from common.evaluation import Evaluator
-from common.run import PACKAGES, _git_commit, setup
+from common.run import PACKAGES, git_commit, setup
 from common.tasks import ENVIRONMENTS, LOCOMOTION, with_domain_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -312,7 +312,7 @@ def acting(args: Args, timer: Timer) -> Iterator[tuple[str, dict]]:
         length = int(np.clip(timer.seconds * ten["per_second"] / 20, 10, 1000))
         hopper = ENVIRONMENTS["Hopper"]._replace(max_steps=length, kwargs={"terminate_when_unhealthy": False})
         zeros, ones = np.zeros(11, np.float32), np.ones(11, np.float32)
-        evaluate = Evaluator(hopper, [0], 10, DatasetInfo({}, 0.0, -ones[:3], ones[:3], zeros, ones, []))
+        evaluate = Evaluator(hopper, [0], 10, DatasetInfo({}, 0.0, zeros, ones, []))
         steps = timer.measure(lambda: evaluate(act, 0).returns, 10 * length)
         print_line(entry.acting, *(f(row["repeats"]) for row in (steps, ten, one) for f in (np.median, min, max)))
         yield name, {"label": entry.acting, "environment": steps, "ten_observations": ten, "one_observation": one}
@@ -559,7 +559,7 @@ def main(args: Args) -> None:
     print(f"{machine['device']}, {machine['cores']} core(s), product chain {timer.rate() / 1e9:.4g} GFLOP/s")
 
     args.results_dir.mkdir(parents=True, exist_ok=True)
-    origin = {"git_commit": _git_commit(), "date": time.strftime("%Y-%m-%d")}
+    origin = {"git_commit": git_commit(), "date": time.strftime("%Y-%m-%d")}
     for section in args.sections or functions:
         print(f"\n{section}")
         for row_name, row in functions[section](args, timer):

@@ -64,8 +64,6 @@ class DatasetInfo(NamedTuple):
 
     statistics: dict  # for people and args.json
     behaviour_score: float  # of the data itself, under the evaluation protocol
-    action_low: np.ndarray
-    action_high: np.ndarray
     obs_mean: np.ndarray  # 0 and 1 unless observations are normalised
     obs_std: np.ndarray
     positions: list[np.ndarray]  # (x, y) along some episodes, for the picture of a maze
@@ -358,7 +356,7 @@ def load_dataset(
         next_obs=next_obs,
         terminal=transitions.terminal,
     )
-    info = DatasetInfo(statistics, behaviour_score, low, high, mean, std, positions)
+    info = DatasetInfo(statistics, behaviour_score, mean, std, positions)
     return replicate(jax.tree.map(jnp.asarray, dataset)), info
 
 

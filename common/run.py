@@ -132,7 +132,7 @@ class Run:
             "dataset": info.statistics,
             "versions": {"python": platform.python_version()}
             | {package: importlib.metadata.version(package) for package in PACKAGES},
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
             "device": jax.devices()[0].device_kind,
         }
         (self.folder / "args.json").write_text(json.dumps(self.header, indent=2))
@@ -265,7 +265,8 @@ def _mean_and_deviation(values: np.ndarray) -> str:
     return f"{values.mean():.1f}" + (f" +- {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """Of this repository, with "-dirty" if files differ from it; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

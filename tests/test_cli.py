@@ -272,7 +272,7 @@ def test_a_diverging_run_exits_naming_the_update_and_keeps_what_it_has(hopper_da
 
 
 def test_divergence_is_traced_to_its_update_and_seed(tmp_path, exit_sentence):
-    info = DatasetInfo({}, 0.0, -np.ones(3), np.ones(3), np.zeros(11), np.ones(11), [])
+    info = DatasetInfo({}, 0.0, np.zeros(11), np.ones(11), [])
     args = Args(**TINY | {"seed": 5}, run_dir=str(tmp_path / "run"))
     losses = np.ones((10, 2), np.float32)  # (updates, seeds)
     with Run("edp_td3bc", args, TASKS["hopper-medium"], info) as run:
@@ -289,7 +289,7 @@ def test_divergence_is_traced_to_its_update_and_seed(tmp_path, exit_sentence):
 def test_the_picture_shows_real_positions_when_observations_are_normalized(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(common.run.pointmaze, "draw_paths", lambda *args: drawn.append(args))
-    info = DatasetInfo({}, 0.0, -np.ones(2), np.ones(2), np.full(4, 3.0), np.full(4, 0.5), [])
+    info = DatasetInfo({}, 0.0, np.full(4, 3.0), np.full(4, 0.5), [])
     args = Args(**TINY | {"num_seeds": 1}, run_dir=str(tmp_path / "run"))
     monkeypatch.setattr("common.evaluation.make_env", lambda environment: StandingStill())
     evaluate = Evaluator(TASKS["pointmaze-umaze"].environment, [0], 1, info)
@@ -310,7 +310,7 @@ class StandingStill(gymnasium.Env):
 
 
 def test_scores_are_normalized_returns_and_raw_returns_are_kept_in_full(tmp_path):
-    info = DatasetInfo({}, 0.0, -np.ones(3), np.ones(3), np.zeros(11), np.ones(11), [])
+    info = DatasetInfo({}, 0.0, np.zeros(11), np.ones(11), [])
     args = Args(**TINY, run_dir=str(tmp_path / "run"))
     returns = np.array([[1000.123456789, 2000.0], [0.1, 1 / 3]])
     with Run("edp_td3bc", args, TASKS["hopper-medium"], info) as run:

@@ -19,7 +19,7 @@ HOPPER = ENVIRONMENTS["Hopper"]
 
 def info_of(obs_dim: int, mean: float = 0.0, std: float = 1.0) -> DatasetInfo:
     obs_mean, obs_std = np.full(obs_dim, mean, np.float32), np.full(obs_dim, std, np.float32)
-    return DatasetInfo({}, 0.0, np.array([-1.0]), np.array([1.0]), obs_mean, obs_std, [])
+    return DatasetInfo({}, 0.0, obs_mean, obs_std, [])
 
 
 def linear_policy(obs_dim: int, act_dim: int, seed: int = 0):
