@@ -130,6 +130,7 @@ class Run:
             "algorithm": self.algorithm,
             "args": dataclasses.asdict(args),
             "dataset": info.statistics,
+            "reference_returns": task.environment.reference,  # they score 0 and 100; null where there are none
             "versions": {"python": platform.python_version()}
             | {package: importlib.metadata.version(package) for package in PACKAGES},
             "git_commit": git_commit(),
