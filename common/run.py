@@ -204,8 +204,8 @@ class Run:
             values = {"eval/score": scores[i], "eval/return": episodes.returns[i].mean()}
             self._scalars(i, values | {"eval/length": episodes.lengths[i].mean()}, update)
         self.bar.write(
-            f"update {update}: score {_mean_and_deviation(scores)} (behaviour {self.info.behaviour_score:.1f}), "
-            f"return {_mean_and_deviation(episodes.returns.mean(axis=1))}"
+            f"update {update}: score {mean_and_deviation(scores)} (behaviour {self.info.behaviour_score:.1f}), "
+            f"return {mean_and_deviation(episodes.returns.mean(axis=1))}"
         )
         save_checkpoint(self.folder / "checkpoint.eqx", state, {**self.header, "update": update})
         environment = self.task.environment
@@ -228,7 +228,7 @@ class Run:
         self.bar.close()
         print(f"\n{self.algorithm} on {self.task.env_id}, {self.evaluated_at[-1]} updates, {len(self.seeds)} seed(s)")
         for label, values in rows.items():
-            print(f"  {label:<28} {_mean_and_deviation(values)}")
+            print(f"  {label:<28} {mean_and_deviation(values)}")
         print(f"  files                        {self.folder}/")
         return results
 
@@ -262,7 +262,8 @@ class Run:
         plt.close(figure)
 
 
-def _mean_and_deviation(values: np.ndarray) -> str:
+def mean_and_deviation(values: np.ndarray) -> str:
+    """Of the (seeds,) results: "mean +- deviation", for one seed the value alone."""
     return f"{values.mean():.1f}" + (f" +- {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 
