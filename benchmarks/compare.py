@@ -162,7 +162,7 @@ def table(results: dict[str, dict[str, Result]], score: Callable[[Result], np.nd
 
 
 def draw(results: dict[str, dict[str, Result]], file: Path) -> None:
-    """Learning curves: a panel for each dataset; EDP solid, what it replaces dashed in the same colour."""
+    """Learning curves: a panel for each dataset; EDP solid, others dashed, what it replaces in the same colour."""
     figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 4.5), layout="constrained", squeeze=False)
     for ax, (dataset, runs) in zip(axes[0], results.items()):
         for column, result in runs.items():
@@ -172,7 +172,8 @@ def draw(results: dict[str, dict[str, Result]], file: Path) -> None:
         ax.axhline(next(iter(runs.values())).behaviour, color="gray", linestyle=":", label="behaviour")
         ax.set(title=dataset, xlabel="updates")
     axes[0, 0].set_ylabel("score, mean over seeds")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
+    shown = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5, fontsize="small")
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
