@@ -69,6 +69,7 @@ class Args:
 class Result(NamedTuple):
     """One finished run."""
 
+    settings: dict[str, int]  # what has to be the same for a fair comparison
     updates: np.ndarray  # (evaluations,)
     scores: np.ndarray  # (evaluations, seeds): means over episodes
     behaviour: float
@@ -137,16 +138,24 @@ def read_run(folder: Path) -> Result | None:
     low, high = header["reference_returns"] or (0, 100)
     shape = len(set(updates)), len(set(seeds)), -1
     scores = 100 * (np.reshape(returns, shape).mean(axis=2) - low) / (high - low)
-    return Result(np.unique(updates), scores, header["dataset"]["behaviour_score"])
+    settings = {name: header["args"][name] for name in ("num_updates", "batch_size", "seed", "num_seeds")}
+    return Result(settings, np.unique(updates), scores, header["dataset"]["behaviour_score"])
 
 
 def read_all(folder: Path) -> dict[str, dict[str, Result]]:
-    """Finished runs by dataset and column, both in the order of the table."""
+    """Finished runs by dataset and column, both in the order of the table; exits if a dataset's are not comparable."""
     results: dict[str, dict[str, Result]] = {}
     for column in COLUMNS:
         for file in sorted(folder.glob(f"*/{folder_name(column)}/args.json")):
             if result := read_run(file.parent):
-                results.setdefault(file.parts[-3], {})[column] = result
+                runs = results.setdefault(file.parts[-3], {})
+                runs[column] = result
+                first = next(iter(runs))
+                if result.settings != runs[first].settings:
+                    raise SystemExit(
+                        f"In {file.parents[1]}/, {first} has {runs[first].settings} and {column} {result.settings}; "
+                        "choose another --folder, or delete what does not belong there."
+                    )
     return dict(sorted(results.items()))
 
 
@@ -183,6 +192,13 @@ def main(args: Args) -> None:
         raise SystemExit(f"No column is named {unknown[0]!r}; there are {', '.join(map(repr, COLUMNS))}.")
     if args.jobs < 1:
         raise SystemExit(f"--jobs is {args.jobs}; it has to be at least 1.")
+    try:
+        shlex.split(args.flags)
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except ValueError as error:
+        raise SystemExit(f"--flags {args.flags!r} cannot be read: {error}.") from None
+    except OSError as error:
+        raise SystemExit(f"Cannot write to {args.folder}: {error.strerror}.") from None
     run_all(args)
     results = read_all(args.folder)
     if not results:

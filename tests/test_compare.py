@@ -18,11 +18,12 @@ FLAGS = "--num-updates 4 --eval-every 2 --eval-episodes 2 --batch-size 8 --num-s
 
 @pytest.fixture
 def write_run(tmp_path):
-    def write(dataset, column, returns, reference=(-20.0, 30.0), num_updates=20):
+    def write(dataset, column, returns, reference=(-20.0, 30.0), num_updates=20, batch_size=64):
         """A run's files, with returns (evaluations, seeds, episodes) after 10, 20, ... updates."""
         folder = tmp_path / dataset / compare.folder_name(column)
         folder.mkdir(parents=True)
-        header = {"args": {"num_updates": num_updates}, "reference_returns": reference}
+        settings = {"num_updates": num_updates, "batch_size": batch_size, "seed": 0, "num_seeds": len(returns[0])}
+        header = {"args": settings, "reference_returns": reference}
         (folder / "args.json").write_text(json.dumps(header | {"dataset": {"behaviour_score": 7.25}}))
         rows = [f"{10 * (i + 1)},{seed},{j},{float(value)!r},5" for (i, seed, j), value in np.ndenumerate(returns)]
         (folder / "eval.csv").write_text("\n".join(["update,seed,episode,return,length", *rows]) + "\n")
@@ -54,6 +55,15 @@ def test_the_table_has_means_and_deviations_and_leaves_out_what_did_not_finish(t
         "| a | 7.2 |  | 2.0 |",
         "| b | 7.2 | 6.0 +- 2.8 |  |",
     ]
+
+
+def test_runs_of_other_settings_are_not_put_side_by_side(tmp_path, write_run):
+    write_run("a", "BC", np.zeros((2, 1, 1)))
+    write_run("b", "IQL", np.zeros((2, 1, 1)), batch_size=256)  # another dataset may have its own
+    assert len(compare.read_all(tmp_path)) == 2
+    write_run("a", "IQL", np.zeros((2, 1, 1)), batch_size=256)
+    with pytest.raises(SystemExit, match=r"BC has .*64.* and IQL .*256"):
+        compare.read_all(tmp_path)
 
 
 def test_a_comparison_runs_what_is_missing_and_nothing_twice(pointmaze_datasets, tmp_path, monkeypatch, capsys):
@@ -93,6 +103,8 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(pointmaze_datasets, tmp_
         ({"columns": ("SAC",)}, "No column is named 'SAC'"),
         ({"jobs": 0}, "--jobs is 0"),
         ({"data": ()}, "no finished run"),
+        ({"flags": "--seed '1"}, "cannot be read: No closing quotation"),
+        ({"folder": FILE}, "Cannot write to"),
     ],
 )
 def test_bad_arguments_get_one_sentence(tmp_path, changes, sentence):
