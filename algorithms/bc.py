@@ -12,7 +12,7 @@ Run:  python algorithms/bc.py --env-id pointmaze-umaze --num-seeds 2
 Differences from the EDP paper (P) and from its authors' code (C); equations are P's:
 D3  P: the variance of DDPM is the posterior's, as in C; Eq. 4 has beta^k.
 D4  C truncates the solver's fractional step to clip its samples; here time is exact, and the last action clipped too.
-D6  C silently replaces the gradient-norm clip of 5 by 1 to 10 for each task.
+D6  C sets the gradient-norm clip for each task, 1 to 10; here Table 3's 5.
 D7  C starts from LeCun-normal weights and zero biases; here both are uniform in +-1/sqrt(fan_in), as in PyTorch.
 D25 P does not define its 10% BC; here it clones the tenth of the episodes that is worth most in evaluation.
 """

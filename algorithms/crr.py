@@ -13,7 +13,7 @@ Run:  python algorithms/crr.py --env-id pointmaze-umaze --num-seeds 2
 Differences from the EDP paper (P), from its authors' code (C) and from CRR's paper (O); equations are P's:
 D1  P: a' comes from the target policy, as in C; Alg. 1 prints pi_theta.
 D5  C updates the policy by the critics from before their update; here by the new ones, as Alg. 1.
-D6  C silently replaces the gradient-norm clip of 5 by 1 to 10 for each task.
+D6  C sets the gradient-norm clip for each task, 1 to 10; here Table 3's 5.
 D7  C starts from LeCun-normal weights and zero biases; here both are uniform in +-1/sqrt(fan_in), as in PyTorch.
 D11 P: Eq. 21 prints min(Q_1 - Q_2) for min(Q_1, Q_2).
 D17 O has other networks and hyperparameters; what is not noted here is EDP's, so that the policy alone differs.
@@ -123,7 +123,8 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
     policy = GaussianPolicy(obs_dim, act_dim, policy_key)
     critics = init_twin_critics(obs_dim, act_dim, critics_key)
     policy_opt, critics_opt = policy_optimizer.init(policy), optimizer.init(critics)
-    target_critics, target_policy = jax.tree.map(jnp.copy, (critics, policy))  # copies: donated buffers must differ
+    target_critics = jax.tree.map(jnp.copy, critics)  # a copy: donated buffers must differ
+    target_policy = jax.tree.map(jnp.copy, policy)
     return TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
 
 
@@ -161,8 +162,8 @@ def advantage_weight(
     """Eq. 20, 21: min(20, e^(A / temperature)), A = min_i Q_i(s, a) - mean_n min_i Q_i(s, a_n), a_n ~ pi(. | s)."""
     q = lambda action: twin_q(critics, batch.obs, action).min(axis=0)
     keys = jax.random.split(key, args.num_advantage_actions)
-    sampled_q = jax.vmap(lambda key: q(sample_action(policy, batch.obs, key)))(keys)
-    return jnp.minimum(jnp.exp((q(batch.action) - sampled_q.mean(axis=0)) / args.temperature), 20.0)
+    sampled_action = jax.vmap(lambda key: sample_action(policy, batch.obs, key))(keys)
+    return jnp.minimum(jnp.exp((q(batch.action) - jax.vmap(q)(sampled_action).mean(axis=0)) / args.temperature), 20.0)
 
 
 def policy_loss(
@@ -198,9 +199,9 @@ def train_step(
     updates, policy_opt = policy_optimizer.update(grads, state.policy_opt)
     policy = optax.apply_updates(state.policy, updates)
 
-    # Move the targets: the critics' every update, the policy's every fifth after the first thousand
+    # Move the targets
     target_critics = optax.incremental_update(critics, state.target_critics, args.tau)
-    policy_tau = jnp.where((step > 1000) & (step % 5 == 0), args.tau, 0.0)
+    policy_tau = jnp.where((step > 1000) & (step % 5 == 0), args.tau, 0.0)  # every fifth update after a thousand
     target_policy = optax.incremental_update(policy, state.target_policy, policy_tau)
 
     state = TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)

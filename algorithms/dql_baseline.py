@@ -9,21 +9,21 @@
         move the targets
     act: select_action draws N actions and picks one with probability proportional to exp Q
 
-Run:  python algorithms/dql_baseline.py --env-id pointmaze-umaze --num-diffusion-steps 5 --beta-schedule vp
+Run:  python algorithms/dql_baseline.py --env-id pointmaze-umaze --num-seeds 2
 Its authors' own chain is --num-diffusion-steps 5 --beta-schedule vp, in antmaze but umaze with --max-q-backup.
 
 Differences from the paper (P) and from the authors' code (C):
 D1  P: a' comes from the target policy, as in C; Alg. 1 prints pi_theta.
 D3  P: the variance of DDPM is the posterior's, as in C; Eq. 4 has beta^k.
-D6  C sets the gradient-norm clip (1 to 10) and eta (0.005 to 4.5) for each task; here Table 3.
-D8  C picks from 50 actions by the target critics; here from N = 10 by the online ones, as EDP.
+D6  C sets the gradient-norm clip for each task, 1 to 10; here Table 3's 5.
+D8  C sets eta for each task, 0.005 to 4.5, and picks from 50 actions by the target critics; here as EDP.
 D16 C divides Q_i by the mean |Q| of the other critic; here by its own, as EDP.
 """
 
 # ------------------------------------------------------------------------------------------------------ imports
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from common.data import Dataset, load_dataset, resolve_task
 from common.diffusion import ScheduleName, corrupt, ddpm_sample, make_schedule
+from common.dpm_solver import dpm_solver_sample
 from common.evaluation import Evaluator
 from common.networks import Critic, NoisePredictor, init_twin_critics, twin_q
 from common.run import Run, init_seeds, setup
@@ -100,6 +101,12 @@ class Args:
     """K"""
     beta_schedule: ScheduleName = "linear"
     """noise schedule; "vp" for few steps"""
+    sampler: Literal["dpm", "ddpm"] = "ddpm"
+    """DPM-Solver, or all K steps of DDPM"""
+    num_solver_calls: int = 15
+    """network calls of DPM-Solver"""
+    solver_order: int = 3
+    """order of DPM-Solver: 1 (DDIM), 2 or 3"""
 
     # Algorithm
     eta: float | None = None
@@ -131,7 +138,8 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
     policy = NoisePredictor(obs_dim, act_dim, policy_key)
     critics = init_twin_critics(obs_dim, act_dim, critics_key)
     policy_opt, critics_opt = policy_optimizer.init(policy), optimizer.init(critics)
-    target_critics, target_policy = jax.tree.map(jnp.copy, (critics, policy))  # copies: donated buffers must differ
+    target_critics = jax.tree.map(jnp.copy, critics)  # a copy: donated buffers must differ
+    target_policy = jax.tree.map(jnp.copy, policy)
     return TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
 
 
@@ -159,13 +167,15 @@ def diffusion_loss(
 def sample_action(
     policy: NoisePredictor, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, args: Args, temperature=1, scale=1
 ) -> Float[Array, "batch act_dim"]:
-    """a ~ pi_theta(. | s), Eq. 3, by DDPM."""
+    """a ~ pi_theta(. | s), Eq. 3, by DPM-Solver or DDPM."""
     init_key, key = jax.random.split(key)
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
     noise = scale * jax.random.normal(init_key, (len(obs), policy.act_dim))
     predict = jax.jit(jax.vmap(policy, in_axes=(0, 0, None)))  # traced once for all calls
     noise_fn = lambda noisy_action, k: temperature * predict(obs, noisy_action, k)
-    return ddpm_sample(noise_fn, schedule, noise, key, clip=True)
+    if args.sampler == "ddpm":
+        return ddpm_sample(noise_fn, schedule, noise, key, clip=True)
+    return dpm_solver_sample(noise_fn, schedule, noise, args.num_solver_calls, args.solver_order, clip=True)
 
 
 # ------------------------------------------------------------------------------------------------------- losses
@@ -191,8 +201,8 @@ def policy_loss(
     policy: NoisePredictor, critics: Critic, batch: Dataset, key: PRNGKeyArray, args: Args
 ) -> tuple[Float[Array, ""], dict]:
     """Eq. 10 and 16: L_diff - eta mean Q_i(s, a-hat) / mean |Q_i|, with Q_i one of the two, drawn anew (A.1)."""
-    diffusion_key, sample_key, critic_key = jax.random.split(key, 3)
-    diffusion, _ = diffusion_loss(policy, batch, diffusion_key, args)
+    key, sample_key, critic_key = jax.random.split(key, 3)
+    diffusion, _ = diffusion_loss(policy, batch, key, args)
     action = sample_action(policy, batch.obs, sample_key, args)
     index = jax.random.randint(critic_key, (), 0, 2)
     critic = jax.tree.map(lambda leaf: leaf[index], critics)  # indexed first: the other one is not computed
@@ -226,9 +236,9 @@ def train_step(
     updates, policy_opt = policy_optimizer.update(grads, state.policy_opt)
     policy = optax.apply_updates(state.policy, updates)
 
-    # Move the targets: the critics' every update, the policy's every fifth after the first thousand
+    # Move the targets
     target_critics = optax.incremental_update(critics, state.target_critics, args.tau)
-    policy_tau = jnp.where((step > 1000) & (step % 5 == 0), args.tau, 0.0)
+    policy_tau = jnp.where((step > 1000) & (step % 5 == 0), args.tau, 0.0)  # every fifth update after a thousand
     target_policy = optax.incremental_update(policy, state.target_policy, policy_tau)
 
     state = TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)

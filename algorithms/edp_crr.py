@@ -17,7 +17,7 @@ D2  P: approximated actions are clipped to [-1, 1], as in C, without gradient wh
 D3  P: the variance of DDPM is the posterior's, as in C; Eq. 4 has beta^k.
 D4  C truncates the solver's fractional step to clip its samples; here time is exact, and the last action clipped too.
 D5  C updates the policy by the critics from before their update; here by the new ones, as Alg. 1.
-D6  C silently replaces the gradient-norm clip of 5 by 1 to 10 for each task.
+D6  C sets the gradient-norm clip for each task, 1 to 10; here Table 3's 5.
 D7  C starts from LeCun-normal weights and zero biases; here both are uniform in +-1/sqrt(fan_in), as in PyTorch.
 D8  C defaults to K = 100 with DDPM, N = 50, one learning rate and guidance for all; here Table 3, N = 10.
 D10 P: Eq. 13 lacks the 1/2 of a Gaussian's log-density, which C has.
@@ -149,7 +149,8 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
     policy = NoisePredictor(obs_dim, act_dim, policy_key)
     critics = init_twin_critics(obs_dim, act_dim, critics_key)
     policy_opt, critics_opt = policy_optimizer.init(policy), optimizer.init(critics)
-    target_critics, target_policy = jax.tree.map(jnp.copy, (critics, policy))  # copies: donated buffers must differ
+    target_critics = jax.tree.map(jnp.copy, critics)  # a copy: donated buffers must differ
+    target_policy = jax.tree.map(jnp.copy, policy)
     return TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
 
 
@@ -219,18 +220,17 @@ def advantage_weight(
     critics: Critic, approx_action: Float[Array, "batch act_dim"], batch: Dataset, key: PRNGKeyArray, args: Args
 ) -> Float[Array, " batch"]:
     """Eq. 20, 21: min(20, e^(A / temperature)), A = min_i Q_i(s, a) - mean_n min_i Q_i(s, a_n), a_n ~ N(a-hat^0, I)."""
-    noise = jax.random.normal(key, (args.num_advantage_actions, *approx_action.shape))
-    q = twin_q(critics, batch.obs, batch.action).min(axis=0)
-    sampled_q = jax.vmap(lambda noise: twin_q(critics, batch.obs, approx_action + noise).min(axis=0))(noise)
-    return jnp.minimum(jnp.exp((q - sampled_q.mean(axis=0)) / args.temperature), 20.0)
+    q = lambda action: twin_q(critics, batch.obs, action).min(axis=0)
+    sampled_action = approx_action[None] + jax.random.normal(key, (args.num_advantage_actions, *approx_action.shape))
+    return jnp.minimum(jnp.exp((q(batch.action) - jax.vmap(q)(sampled_action).mean(axis=0)) / args.temperature), 20.0)
 
 
 def policy_loss(
     policy: NoisePredictor, critics: Critic, batch: Dataset, key: PRNGKeyArray, args: Args
 ) -> tuple[Float[Array, ""], dict]:
     """Eq. 13 and 20: L_diff + eta mean f(s, a) |a - a-hat^0|^2 / 2 (D10), or Eq. 12 for its log-likelihood (D12)."""
-    diffusion_key, advantage_key = jax.random.split(key)
-    diffusion, corruption = diffusion_loss(policy, batch, diffusion_key, args)
+    key, advantage_key = jax.random.split(key)
+    diffusion, corruption = diffusion_loss(policy, batch, key, args)
     action = approximate_action(corruption, args)
     weight = jax.lax.stop_gradient(advantage_weight(critics, action, batch, advantage_key, args))
     if args.likelihood == "mse":
@@ -269,9 +269,9 @@ def train_step(
     updates, policy_opt = policy_optimizer.update(grads, state.policy_opt)
     policy = optax.apply_updates(state.policy, updates)
 
-    # Move the targets: the critics' every update, the policy's every fifth after the first thousand
+    # Move the targets
     target_critics = optax.incremental_update(critics, state.target_critics, args.tau)
-    policy_tau = jnp.where((step > 1000) & (step % 5 == 0), args.tau, 0.0)
+    policy_tau = jnp.where((step > 1000) & (step % 5 == 0), args.tau, 0.0)  # every fifth update after a thousand
     target_policy = optax.incremental_update(policy, state.target_policy, policy_tau)
 
     state = TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)

@@ -10,7 +10,6 @@
     act: select_action draws N actions and picks one with probability proportional to exp Q
 
 Run:  python algorithms/edp_td3bc.py --env-id pointmaze-umaze --num-seeds 2
-      python algorithms/edp_td3bc.py --dataset-id D4RL/pen/expert-v2 --num-updates 100000
 Fig. 2 of the paper: --sampler ddpm is "EDP w/o DPM", --no-action-approx is "EDP w/o AP".
 
 Differences from the paper (P) and from the authors' code (C):
@@ -19,7 +18,7 @@ D2  P: approximated actions are clipped to [-1, 1], as in C, without gradient wh
 D3  P: the variance of DDPM is the posterior's, as in C; Eq. 4 has beta^k.
 D4  C truncates the solver's fractional step to clip its samples; here time is exact, and the last action clipped too.
 D5  C updates the policy by the critics from before their update; here by the new ones, as Alg. 1.
-D6  C silently replaces the gradient-norm clip of 5 by 1 to 10 for each task.
+D6  C sets the gradient-norm clip for each task, 1 to 10; here Table 3's 5.
 D7  C starts from LeCun-normal weights and zero biases; here both are uniform in +-1/sqrt(fan_in), as in PyTorch.
 D8  C defaults to K = 100 with DDPM, N = 50, one learning rate and guidance for all; here Table 3, N = 10.
 D9  C multiplies the guidance by 2: --eta 2.
@@ -145,7 +144,8 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
     policy = NoisePredictor(obs_dim, act_dim, policy_key)
     critics = init_twin_critics(obs_dim, act_dim, critics_key)
     policy_opt, critics_opt = policy_optimizer.init(policy), optimizer.init(critics)
-    target_critics, target_policy = jax.tree.map(jnp.copy, (critics, policy))  # copies: donated buffers must differ
+    target_critics = jax.tree.map(jnp.copy, critics)  # a copy: donated buffers must differ
+    target_policy = jax.tree.map(jnp.copy, policy)
     return TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
 
 
@@ -214,12 +214,11 @@ def critic_loss(critics: Critic, target: Float[Array, " batch"], batch: Dataset)
 def policy_loss(
     policy: NoisePredictor, critics: Critic, batch: Dataset, key: PRNGKeyArray, args: Args
 ) -> tuple[Float[Array, ""], dict]:
-    """Eq. 10 and 16: L_diff - eta mean Q_i(s, a-hat^0) / mean |Q_i|, with Q_i one of the two, drawn anew (A.1)."""
-    diffusion_key, sample_key, critic_key = jax.random.split(key, 3)
-    diffusion, corruption = diffusion_loss(policy, batch, diffusion_key, args)
-    if args.action_approx:
-        action = approximate_action(corruption, args)
-    else:
+    """Eq. 10 and 16: L_diff - eta mean Q_i(s, a-hat) / mean |Q_i|, with Q_i one of the two, drawn anew (A.1)."""
+    key, sample_key, critic_key = jax.random.split(key, 3)
+    diffusion, corruption = diffusion_loss(policy, batch, key, args)
+    action = approximate_action(corruption, args)
+    if not args.action_approx:
         action = sample_action(policy, batch.obs, sample_key, args)
     index = jax.random.randint(critic_key, (), 0, 2)
     critic = jax.tree.map(lambda leaf: leaf[index], critics)  # indexed first: the other one is not computed
@@ -253,9 +252,9 @@ def train_step(
     updates, policy_opt = policy_optimizer.update(grads, state.policy_opt)
     policy = optax.apply_updates(state.policy, updates)
 
-    # Move the targets: the critics' every update, the policy's every fifth after the first thousand
+    # Move the targets
     target_critics = optax.incremental_update(critics, state.target_critics, args.tau)
-    policy_tau = jnp.where((step > 1000) & (step % 5 == 0), args.tau, 0.0)
+    policy_tau = jnp.where((step > 1000) & (step % 5 == 0), args.tau, 0.0)  # every fifth update after a thousand
     target_policy = optax.incremental_update(policy, state.target_policy, policy_tau)
 
     state = TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)

@@ -4,16 +4,15 @@
     repeat num_updates times (train_step):
         draw a batch (s, a, r, s', terminal)
         value: minimise value_loss, an upper expectile of the target critics over the actions of the data
-        policy: minimise policy_loss: -log pi(a | s) weighted by the advantage of a
         critics: minimise critic_loss to critic_target, which takes V(s'): no action is sampled in training
-        move the target critics
+        policy: minimise policy_loss: -log pi(a | s) weighted by the advantage of a
+        move the targets
     act: select_action takes the mean; or draws N actions and picks one with probability proportional to exp Q
 
 Run:  python algorithms/iql.py --env-id pointmaze-umaze --num-seeds 2
-      python algorithms/iql.py --env-id antmaze-large-play
 
 Differences from the EDP paper (P), from its authors' code (C) and from IQL's paper (O); equations are P's:
-D6  C silently replaces the gradient-norm clip of 5 by 1 to 10 for each task.
+D6  C sets the gradient-norm clip for each task, 1 to 10; here Table 3's 5.
 D7  C starts from LeCun-normal weights and zero biases; here both are uniform in +-1/sqrt(fan_in), as in PyTorch.
 D13 P: V and the weight use the target critics, as in C and IQL's own code; Eq. 22 writes Q.
 D14 P: Eq. 22 prints L_2(Q) - V for L_2(Q - V).
@@ -124,9 +123,10 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
     policy_optimizer, optimizer = make_optimizers(args)
     policy = GaussianPolicy(obs_dim, act_dim, policy_key)
     critics = init_twin_critics(obs_dim, act_dim, critics_key)
-    value = Value(obs_dim, value_key)
-    policy_opt, critics_opt, value_opt = policy_optimizer.init(policy), optimizer.init(critics), optimizer.init(value)
+    policy_opt, critics_opt = policy_optimizer.init(policy), optimizer.init(critics)
     target_critics = jax.tree.map(jnp.copy, critics)  # a copy: donated buffers must differ
+    value = Value(obs_dim, value_key)
+    value_opt = optimizer.init(value)
     return TrainState(policy, policy_opt, critics, critics_opt, target_critics, value, value_opt)
 
 
@@ -180,7 +180,7 @@ def policy_loss(
 def train_step(
     state: TrainState, step: Int[Array, ""], key: PRNGKeyArray, dataset: Dataset, args: Args
 ) -> tuple[TrainState, dict]:
-    """Update number `step` (1, 2, ...) of one seed: Alg. 1, with IQL's order."""
+    """Update number `step` (1, 2, ...) of one seed: Alg. 1."""
     batch_key = jax.random.fold_in(key, step)
     policy_optimizer, optimizer = make_optimizers(args)
 
@@ -193,19 +193,19 @@ def train_step(
     updates, value_opt = optimizer.update(grads, state.value_opt)
     value = optax.apply_updates(state.value, updates)
 
-    # Update the policy
-    weight = advantage_weight(value, state.target_critics, batch, args)
-    grads, policy_metrics = jax.grad(policy_loss, has_aux=True)(state.policy, weight, batch)
-    updates, policy_opt = policy_optimizer.update(grads, state.policy_opt)
-    policy = optax.apply_updates(state.policy, updates)
-
     # Update the critics
     target = critic_target(value, batch, args)
     grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(state.critics, target, batch)
     updates, critics_opt = optimizer.update(grads, state.critics_opt)
     critics = optax.apply_updates(state.critics, updates)
 
-    # Move the target
+    # Update the policy
+    weight = advantage_weight(value, state.target_critics, batch, args)
+    grads, policy_metrics = jax.grad(policy_loss, has_aux=True)(state.policy, weight, batch)
+    updates, policy_opt = policy_optimizer.update(grads, state.policy_opt)
+    policy = optax.apply_updates(state.policy, updates)
+
+    # Move the targets
     target_critics = optax.incremental_update(critics, state.target_critics, args.tau)
 
     state = TrainState(policy, policy_opt, critics, critics_opt, target_critics, value, value_opt)

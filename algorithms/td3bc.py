@@ -9,13 +9,12 @@
     act: select_action takes pi(s); or draws N actions around it and picks one with probability proportional to exp Q
 
 Run:  python algorithms/td3bc.py --env-id pointmaze-umaze --num-seeds 2
-      python algorithms/td3bc.py --dataset-id D4RL/pen/expert-v2 --num-updates 100000
 Table 6 of the paper: --num-eval-actions 10 is "TD3+EAS".
 
 Differences from the EDP paper (P), from its authors' code (C) and from TD3+BC's paper (O); equations are P's:
 D1  P: a' comes from the target policy, as in C; Alg. 1 prints pi_theta.
 D5  C updates the policy by the critics from before their update; here by the new ones, as Alg. 1.
-D6  C silently replaces the gradient-norm clip of 5 by 1 to 10 for each task.
+D6  C sets the gradient-norm clip for each task, 1 to 10; here Table 3's 5.
 D7  C starts from LeCun-normal weights and zero biases; here both are uniform in +-1/sqrt(fan_in), as in PyTorch.
 D17 O has other networks and hyperparameters; what is not noted here is EDP's, so that the policy alone differs.
 D20 O's learning rate, 3e-4, serves every domain; Table 3 is EDP's.
@@ -131,7 +130,8 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
     policy = TanhPolicy(obs_dim, act_dim, policy_key)
     critics = init_twin_critics(obs_dim, act_dim, critics_key)
     policy_opt, critics_opt = policy_optimizer.init(policy), optimizer.init(critics)
-    target_critics, target_policy = jax.tree.map(jnp.copy, (critics, policy))  # copies: donated buffers must differ
+    target_critics = jax.tree.map(jnp.copy, critics)  # a copy: donated buffers must differ
+    target_policy = jax.tree.map(jnp.copy, policy)
     return TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
 
 

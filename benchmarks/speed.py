@@ -170,7 +170,7 @@ def count_products(algorithm: str, a, obs_dim: int = OBS_DIM, act_dim: int = ACT
             "critic gradient": critic_gradient,
         }
 
-    ddpm = algorithm == "dql_baseline" or a.sampler == "ddpm"
+    ddpm = a.sampler == "ddpm"
     calls = a.num_diffusion_steps if ddpm else a.num_solver_calls
     call = place + hidden + layer(width, act_dim)
     if algorithm == "edp_crr":  # Q(s, a) and all Q(s, a_n) share the observation

@@ -1,6 +1,5 @@
 """Siblings differ where the mathematics differs and nowhere else."""
 
-import difflib
 import importlib
 import inspect
 import re
@@ -39,7 +38,7 @@ def test_every_file_has_the_same_sections_in_the_same_order(algorithm):
         (["make_optimizers"], (*DIFFUSION, "crr", "iql")),
         (["Corruption", "diffusion_loss"], (*DIFFUSION, "bc")),
         (["approximate_action"], EDP),
-        (["sample_action"], (*EDP, "bc")),
+        (["sample_action"], (*DIFFUSION, "bc")),
         (["select_action"], DIFFUSION),
         (["TrainState", "init_state", "critic_target", "train_step"], Q_IS_BACKED_UP),
         (["train_step"], ("edp_crr", "crr")),
@@ -73,11 +72,12 @@ def test_train_is_identical_but_for_the_rewards_and_the_critics(algorithm):
 
 
 def test_a_note_has_the_same_text_in_every_file():
-    """But for Diffusion-QL's, whose authors' code is another."""
+    """But for D8 of Diffusion-QL, whose authors' code has other defaults."""
     notes = {}
-    for algorithm in sorted(set(ALGORITHMS) - {"dql_baseline"}):
+    for algorithm in ALGORITHMS:
         for number, text in re.findall(r"^(D\d+) +(.+)$", (FOLDER / f"{algorithm}.py").read_text(), flags=re.MULTILINE):
-            assert notes.setdefault(number, text) == text, (algorithm, number)
+            if (algorithm, number) != ("dql_baseline", "D8"):
+                assert notes.setdefault(number, text) == text, (algorithm, number)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -93,18 +93,23 @@ def test_every_flag_is_used(algorithm):
 @pytest.mark.parametrize(
     ("file", "sibling", "most"),
     [
-        ("dql_baseline", "edp_td3bc", 60),
-        ("edp_crr", "edp_td3bc", 55),
-        ("edp_iql", "edp_td3bc", 125),
-        ("td3bc", "edp_td3bc", 190),
-        ("crr", "edp_crr", 145),
-        ("iql", "edp_iql", 130),
-        ("bc", "edp_td3bc", 175),
+        ("dql_baseline", "edp_td3bc", 40),
+        ("edp_crr", "edp_td3bc", 49),
+        ("edp_iql", "edp_td3bc", 100),
+        ("td3bc", "edp_td3bc", 180),
+        ("crr", "edp_crr", 143),
+        ("iql", "edp_iql", 128),
+        ("bc", "edp_td3bc", 168),
     ],
 )
 def test_siblings_differ_by_few_lines(file, sibling, most):
-    """As `diff a b | grep -c '^[<>]'`; the bound is what the mathematics takes today."""
+    """As `diff a b | grep -c '^[<>]'` counts: the lines that are not of the longest common subsequence."""
     a, b = ((FOLDER / f"{name}.py").read_text().splitlines() for name in (file, sibling))
-    changed = [line for line in difflib.ndiff(a, b) if line[0] in "+-"]
-    print(f"{file} and {sibling}: {len(changed)} changed lines")
-    assert len(changed) <= most * 1.1  # another algorithm than diff's finds slightly other matches
+    common = [0] * (len(b) + 1)  # lengths with the lines of a so far and the first 0, 1, ... lines of b
+    for line in a:
+        before, common = common, [0]
+        for j, other in enumerate(b):
+            common.append(before[j] + 1 if line == other else max(before[j + 1], common[j]))
+    changed = len(a) + len(b) - 2 * common[-1]
+    print(f"{file} and {sibling}: {changed} changed lines")
+    assert changed <= most

@@ -188,8 +188,8 @@ def test_policy_follows_the_critics_from_after_their_update():
 
 
 @quick
-def test_iql_updates_value_then_policy_then_critics():
-    """The weight and the critics' target use the new V; V and the weight use the target critics."""
+def test_iql_updates_the_value_first():
+    """The weight and the critics' target use the new V; V and the weight use the target critics from before."""
     args, (state, key) = make_args(edp_iql), start_one(edp_iql)
     new, metrics = step_of(edp_iql)(state, 7, key, make_dataset(), args)
     batch = batch_of(jax.random.split(jax.random.fold_in(key, 7))[0])
@@ -201,6 +201,19 @@ def test_iql_updates_value_then_policy_then_critics():
         target = jax.jit(edp_iql.critic_target)(value, batch, args)
         loss, _ = jax.jit(edp_iql.critic_loss)(state.critics, target, batch)
         assert np.isclose(metrics["critic_loss"], loss, rtol=1e-4) == is_used
+
+
+@quick
+@pytest.mark.parametrize("sampler", ["dpm", "ddpm"])
+def test_diffusion_ql_is_edp_without_action_approximation(sampler):
+    """One update from the same state, to the last bit; with "dpm", it is Fig. 2's "EDP w/o AP"."""
+    (state, key), dataset = start_one(edp_td3bc), make_dataset()
+    dql_args = make_args(dql_baseline, sampler=sampler)
+    edp_args = edp_td3bc.Args(**dataclasses.asdict(dql_args), action_approx=False)
+    dql_state, dql_metrics = step_of(dql_baseline)(dql_baseline.TrainState(*state), 7, key, dataset, dql_args)
+    edp_state, edp_metrics = step_of(edp_td3bc)(state, 7, key, dataset, edp_args)
+    assert_trees_equal(tuple(dql_state), tuple(edp_state))
+    assert_trees_equal(dql_metrics, edp_metrics)
 
 
 @quick
