@@ -12,6 +12,7 @@ runs/<env-id>__<algorithm>__<seed>__<time>/
 
 import csv
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import os
@@ -21,11 +22,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import numpy as np
 import tensorboardX
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
 from common import pointmaze
@@ -105,6 +110,12 @@ def init_seeds(init: Callable, keys: jax.Array):
     return jax.jit(jax.vmap(init), compiler_options={"xla_backend_optimization_level": 0})(keys)
 
 
+def seed_keys(seeds: list[int], num: int) -> tuple[jax.Array, ...]:
+    """`num` independent keys for every seed, each (seeds,)."""
+    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), num))(np.array(seeds))
+    return tuple(keys[:, i] for i in range(num))
+
+
 class Run:
     """The record of one run; a context manager that leaves a readable folder however the run ends."""
 
@@ -163,8 +174,7 @@ class Run:
 
     def keys(self, num: int) -> tuple[jax.Array, ...]:
         """`num` independent keys for every seed, each (seeds,) and split over the devices."""
-        keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), num))(np.array(self.seeds))
-        return split_seeds(tuple(keys[:, i] for i in range(num)))
+        return split_seeds(seed_keys(self.seeds, num))
 
     def log_metrics(self, update: int, metrics: dict[str, jax.Array]) -> None:
         """Records a chunk's metrics, each (updates, seeds), by their means. Exits if one is not finite."""
@@ -303,3 +313,43 @@ def load_checkpoint(path: Path | str, like) -> tuple[dict, object]:
         if header["structure"] != str(jax.tree.structure(like)):
             raise ValueError(f"{path} holds another kind of state: {header['structure']}")
         return header, eqx.tree_deserialise_leaves(file, like)
+
+
+class TrainedRun(NamedTuple):
+    """What a run left: its algorithm's module, its arguments, the state of all seeds, the header of its checkpoint."""
+
+    algorithm: ModuleType
+    args: Any
+    state: Any
+    header: dict
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(range(self.args.seed, self.args.seed + self.args.num_seeds))
+
+    def act(
+        self, obs: Float[ArrayLike, "seeds batch obs_dim"], keys: Key[Array, " seeds"], step, args=None
+    ) -> Float[Array, "seeds batch act_dim"]:
+        """Actions in [-1, 1]; `args` are the run's own if not given, `step` makes other random numbers of the keys.
+
+        Observations must be normalised as the run's data were.
+        """
+        networks = [getattr(self.state, name) for name in ("policy", "critics") if hasattr(self.state, name)]
+        return self.algorithm.select_action(*networks, obs, keys, step, args or self.args)
+
+
+def load_run(folder: Path | str) -> TrainedRun:
+    """A run from its folder, at its last evaluation.
+
+    Raises OSError without a checkpoint; KeyError, TypeError, ValueError or RuntimeError if it is damaged or was saved
+    by another version of the algorithm.
+    """
+    path = Path(folder) / "checkpoint.eqx"
+    with open(path, "rb") as file:
+        header = json.loads(file.readline())
+    algorithm = importlib.import_module(f"algorithms.{header['algorithm']}")
+    args = algorithm.Args(**header["args"])
+    dims = header["dataset"]["observation_dim"], header["dataset"]["action_dim"]
+    keys = jax.random.split(jax.random.key(0), args.num_seeds)
+    like = eqx.filter_eval_shape(jax.vmap(lambda key: algorithm.init_state(key, *dims, args)), keys)
+    return TrainedRun(algorithm, args, load_checkpoint(path, like)[1], header)
