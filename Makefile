@@ -8,7 +8,7 @@ demo: .venv/.installed  ## learn pointmaze-umaze with EDP + TD3+BC: no download,
 	$(VENV)/python algorithms/edp_td3bc.py --env-id pointmaze-umaze
 
 test: .venv/.installed-dev  ## everything but the learning tests that take minutes
-	$(VENV)/python -m pytest -m "not slow"
+	$(VENV)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: .venv/.installed-dev
 	$(VENV)/python -m pytest -m slow
