@@ -138,6 +138,8 @@ def act_again(folder: Path, args: Args) -> None:
 
 
 def main(args: Args) -> None:
+    if not args.runs:
+        raise SystemExit("Name the folder of a run, or of several: python benchmarks/acting.py runs/<run>.")
     if args.episodes is not None and args.episodes < 1:
         raise SystemExit(f"--episodes must be positive, but is {args.episodes}.")
     for folder in args.runs:

@@ -107,6 +107,10 @@ def test_what_cannot_be_done_gets_one_sentence_and_writes_nothing(runs, name, ch
     assert not (runs / name / "acting.csv").exists()
 
 
+def test_no_run_at_all_gets_one_sentence(exit_sentence):
+    assert "Name the folder of a run" in exit_sentence(acting.main, acting.Args(()))
+
+
 @pytest.mark.parametrize("damage", ["header", "leaves", "flags"])
 def test_a_damaged_checkpoint_gets_one_sentence(runs, damage, exit_sentence):
     file = runs / "edp" / "checkpoint.eqx"
