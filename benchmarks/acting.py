@@ -61,7 +61,7 @@ def open_run(folder: Path) -> TrainedRun:
         return load_run(folder)
     except OSError:
         raise SystemExit(f"There is no checkpoint.eqx in {folder}/; name the folder of a run.") from None
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (ImportError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise SystemExit(f"The checkpoint in {folder}/ is damaged, or not of this version: {error}.") from None
 
 
@@ -120,10 +120,13 @@ def act_again(folder: Path, args: Args) -> None:
 
     evaluate = Evaluator(task.environment, run.seeds, todo[0].eval_episodes, info)
     keys = jax.vmap(jax.random.fold_in, (0, None))(seed_keys(run.seeds, 3)[2], update)  # as in the run itself
-    new = not (folder / "acting.csv").exists()
-    with open(folder / "acting.csv", "a", newline="") as file:
+    try:
+        file = open(folder / "acting.csv", "a", newline="")
+    except OSError as error:
+        raise SystemExit(f"Cannot write to {folder}/acting.csv: {error.strerror}.") from None
+    with file:
         writer = csv.writer(file)
-        if new:
+        if file.tell() == 0:
             writer.writerow(["update", "critics", *SETTINGS, "seed", "episode", "return", "length"])
         for variant in todo:
             episodes = evaluate(lambda obs, t: run.act(obs, keys, t, variant), update)
@@ -143,7 +146,10 @@ def main(args: Args) -> None:
     if args.episodes is not None and args.episodes < 1:
         raise SystemExit(f"--episodes must be positive, but is {args.episodes}.")
     for folder in args.runs:
-        act_again(folder, args)
+        try:
+            act_again(folder, args)
+        except KeyboardInterrupt:
+            raise SystemExit("Stopped; finished evaluations are in the runs' acting.csv.") from None
 
 
 if __name__ == "__main__":

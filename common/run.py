@@ -341,8 +341,8 @@ class TrainedRun(NamedTuple):
 def load_run(folder: Path | str) -> TrainedRun:
     """A run from its folder, at its last evaluation.
 
-    Raises OSError without a checkpoint; KeyError, TypeError, ValueError or RuntimeError if it is damaged or was saved
-    by another version of the algorithm.
+    Raises OSError without a checkpoint; ImportError, KeyError, TypeError, ValueError or RuntimeError if it is damaged
+    or was saved by an algorithm that is not here, or another version of it.
     """
     path = Path(folder) / "checkpoint.eqx"
     with open(path, "rb") as file:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recording import record_hopper
 
 from algorithms import bc, edp_td3bc
 from common.data import Dataset
@@ -21,24 +22,29 @@ spec = importlib.util.spec_from_file_location("acting", FILE)
 acting = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(acting)
 
-TINY = {"num_updates": 2, "eval_episodes": 2, "num_seeds": 2, "seed": 3, "batch_size": 8}
-DIFFUSION = {"num_diffusion_steps": 21, "num_solver_calls": 3, "num_eval_actions": 2}
+TINY = {"dataset_id": "test/hopper/random-v0", "num_updates": 2, "eval_episodes": 2, "num_seeds": 2, "seed": 3}
+DIFFUSION = {"num_diffusion_steps": 21, "num_solver_calls": 3, "num_eval_actions": 5}
 
 
 @pytest.fixture(scope="module")
-def trained(made_pointmaze, tmp_path_factory):
-    """The folders of two runs, EDP + TD3+BC and cloning with a Gaussian."""
+def trained(tmp_path_factory):
+    """A folder of two runs on Hopper, whose every action shows in the return: EDP + TD3+BC and cloning."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINARI_DATASETS_PATH", str(made_pointmaze))
-        edp_td3bc.train(edp_td3bc.Args(**TINY, **DIFFUSION, run_dir=str(folder / "edp")))
-        bc.train(bc.Args(**TINY, run_dir=str(folder / "bc")))
+        patch.chdir(folder)  # MuJoCo writes its warnings into the working directory
+        patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
+        (folder / "minari").mkdir()
+        record_hopper()
+        edp_td3bc.train(edp_td3bc.Args(**TINY, **DIFFUSION, batch_size=8, run_dir=str(folder / "edp")))
+        bc.train(bc.Args(**TINY, batch_size=8, run_dir=str(folder / "bc")))
     return folder
 
 
 @pytest.fixture
-def runs(trained, pointmaze_datasets, tmp_path):
-    """A copy of `trained`, and its data, for one test."""
+def runs(trained, tmp_path, monkeypatch):
+    """A copy of `trained` for one test, and its data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(trained / "minari"))
     return Path(shutil.copytree(trained, tmp_path / "runs"))
 
 
@@ -47,12 +53,17 @@ def rows_of(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
+def returns_of(file: Path) -> list[tuple[str, ...]]:
+    """(seed, episode, return, length), with the return in full."""
+    return [tuple(row[name] for name in ("seed", "episode", "return", "length")) for row in rows_of(file)]
+
+
 @pytest.mark.parametrize("name", ["edp", "bc"])
 def test_without_other_settings_the_last_evaluation_is_repeated(runs, name, capsys):
     acting.main(acting.Args((runs / name,)))
-    names = ("seed", "episode", "return", "length")
-    repeated = [[row[n] for n in names] for row in rows_of(runs / name / "acting.csv")]
-    assert repeated == [[row[n] for n in names] for row in rows_of(runs / name / "eval.csv")]
+    expected = returns_of(runs / name / "eval.csv")
+    assert len({row[2] for row in expected}) == 4, "an episode is not like another"
+    assert returns_of(runs / name / "acting.csv") == expected
     assert "as in the run" in capsys.readouterr().out
 
 
@@ -61,20 +72,25 @@ def test_every_combination_is_evaluated_and_added_to_what_is_there(runs, capsys)
     acting.main(acting.Args((runs / "edp",), sampler=("ddpm",), episodes=1))
     rows = rows_of(runs / "edp" / "acting.csv")
     seen = [(row["num_eval_actions"], row["init_noise_scale"], row["sampler"], row["seed"]) for row in rows]
-    combinations = [(n, scale, "dpm") for n in ("1", "3") for scale in ("0.0", "1.0")] + [("2", "1.0", "ddpm")]
+    combinations = [(n, scale, "dpm") for n in ("1", "3") for scale in ("0.0", "1.0")] + [("5", "1.0", "ddpm")]
     assert seen == [(*combination, seed) for combination in combinations for seed in ("3", "4")]
+    returns = {key[:3]: float(row["return"]) for key, row in zip(seen, rows) if row["seed"] == "3"}
+    single = returns.pop(("1", "0.0", "dpm"))
+    np.testing.assert_allclose(returns["3", "0.0", "dpm"], single, rtol=1e-6)  # without noise, candidates are alike
+    assert np.diff(sorted(returns.values())).min() > 1e-3, "otherwise every setting changes what is done"
     assert "num_eval_actions 3, init_noise_scale 0.0: " in capsys.readouterr().out
 
 
 def test_another_runs_critics_choose(runs):
-    shutil.copytree(runs / "edp", runs / "other")
+    """As in a run of the same policy that has these critics itself."""
     run = load_run(runs / "edp")
-    opposite = jax.tree.map(lambda leaf: -leaf, run.state.critics)
+    opposite = jax.tree.map(lambda leaf: -100 * leaf, run.state.critics)
+    shutil.copytree(runs / "edp", runs / "other")
     save_checkpoint(runs / "other" / "checkpoint.eqx", run.state._replace(critics=opposite), run.header)
-    mixed = acting.with_critics(run, runs / "edp", runs / "other")
-    jax.tree.map(np.testing.assert_array_equal, mixed.state, run.state._replace(critics=opposite))
-
     acting.main(acting.Args((runs / "edp",), critics=runs / "other"))
+    acting.main(acting.Args((runs / "other",)))
+    assert returns_of(runs / "edp" / "acting.csv") == returns_of(runs / "other" / "acting.csv")
+    assert returns_of(runs / "edp" / "acting.csv") != returns_of(runs / "edp" / "eval.csv")
     assert {row["critics"] for row in rows_of(runs / "edp" / "acting.csv")} == {str(runs / "other")}
 
 
@@ -111,7 +127,7 @@ def test_no_run_at_all_gets_one_sentence(exit_sentence):
     assert "Name the folder of a run" in exit_sentence(acting.main, acting.Args(()))
 
 
-@pytest.mark.parametrize("damage", ["header", "leaves", "flags"])
+@pytest.mark.parametrize("damage", ["header", "leaves", "flags", "algorithm"])
 def test_a_damaged_checkpoint_gets_one_sentence(runs, damage, exit_sentence):
     file = runs / "edp" / "checkpoint.eqx"
     header, leaves = file.read_bytes().split(b"\n", 1)
@@ -119,6 +135,26 @@ def test_a_damaged_checkpoint_gets_one_sentence(runs, damage, exit_sentence):
         "header": header[:50] + b"\n" + leaves,
         "leaves": header + b"\n" + leaves[:1000],
         "flags": header.replace(b'"batch_size"', b'"size_of_batch"') + b"\n" + leaves,
+        "algorithm": header.replace(b'"edp_td3bc"', b'"my_own"') + b"\n" + leaves,
     }
     file.write_bytes(damaged[damage])
     assert "is damaged, or not of this version" in exit_sentence(acting.main, acting.Args((runs / "edp",)))
+
+
+def test_an_interrupted_evaluation_keeps_what_is_finished_and_says_so(runs, monkeypatch, exit_sentence):
+    evaluate, calls = acting.Evaluator.__call__, []
+
+    def interrupted(self, act, update):
+        calls.append(update)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(self, act, update)
+
+    monkeypatch.setattr(acting.Evaluator, "__call__", interrupted)
+    assert "Stopped" in exit_sentence(acting.main, acting.Args((runs / "edp",), num_eval_actions=(1, 2), episodes=1))
+    assert [row["num_eval_actions"] for row in rows_of(runs / "edp" / "acting.csv")] == ["1", "1"]
+
+
+def test_a_run_that_cannot_be_written_to_gets_one_sentence(runs, exit_sentence):
+    (runs / "edp" / "acting.csv").mkdir()
+    assert "Cannot write" in exit_sentence(acting.main, acting.Args((runs / "edp",)))
