@@ -32,14 +32,15 @@ import optax
 import tyro
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from common.data import Dataset, load_dataset, resolve_task
-from common.evaluation import Evaluator
+from common.harness import Dataset, Evaluator, NonNegative, Positive, RewardRule, Run, UnitInterval, load_dataset, setup
 from common.networks import Critic, GaussianPolicy, init_twin_critics, twin_q
-from common.run import Run, init_seeds, setup
-from common.tasks import RewardRule, with_domain_defaults
-
 
 # ---------------------------------------------------------------------------------------------------- arguments
+NUM_BACKUP_ACTIONS = 10  # of --max-q-backup, as in Diffusion-QL's code
+POLICY_TARGET_START, POLICY_TARGET_EVERY = 1000, 5  # updates, as in Diffusion-QL's code
+MAX_WEIGHT = 20.0  # CRR's paper and the official code
+
+
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Args:
@@ -48,8 +49,6 @@ class Args:
     # Experiment
     env_id: str = "pointmaze-umaze"
     """the task"""
-    list_envs: bool = False
-    """print every task with its data, protocol and settings, and stop"""
     dataset_id: str | None = None
     """any Minari dataset, remote or local; its own environment then replaces --env-id"""
     dataset_path: str | None = None
@@ -58,9 +57,9 @@ class Args:
     """how the dataset's rewards are shaped before learning"""
     normalize_obs: bool = False
     """standardise observations by the dataset's mean and deviation"""
-    seed: int = 0
+    seed: NonNegative[int] = 0
     """the first seed; a run is a function of (seed, update)"""
-    num_seeds: int = 1
+    num_seeds: Positive[int] = 1
     """seeds trained together in one program: seed, seed + 1, ..."""
     run_dir: str | None = None
     """where to write; by default runs/<env-id>__<algorithm>__<seed>__<time>"""
@@ -68,35 +67,35 @@ class Args:
     """log to Weights & Biases as well"""
 
     # Evaluation
-    eval_every: int | None = None
+    eval_every: Positive[int] | None = None
     """updates between evaluations"""
-    eval_episodes: int | None = None
+    eval_episodes: Positive[int] | None = None
     """episodes of each evaluation, for each seed"""
-    num_eval_actions: int = 1
+    num_eval_actions: Positive[int] = 1
     """N of energy-based action selection (Alg. 2); 1 is the policy's mean"""
 
     # Optimisation
-    num_updates: int | None = None
+    num_updates: Positive[int] | None = None
     """gradient updates; 1000 are an epoch of the paper"""
-    batch_size: int = 256
+    batch_size: Positive[int] = 256
     """transitions of an update"""
-    learning_rate: float | None = None
+    learning_rate: Positive[float] | None = None
     """Adam's, for all networks (Table 3)"""
     lr_decay: bool = False
     """cosine decay of the policy's learning rate to 0"""
-    max_grad_norm: float = 5.0
+    max_grad_norm: Positive[float] = 5.0
     """gradient-norm clip of each network (Table 3)"""
-    gamma: float = 0.99
+    gamma: UnitInterval[float] = 0.99
     """discount"""
-    tau: float = 0.005
+    tau: UnitInterval[float] = 0.005
     """Polyak rate of the targets"""
 
     # Algorithm
     max_q_backup: bool = False
     """back up the best of 10 next actions, as Diffusion-QL in antmaze"""
-    temperature: float = 1.0
+    temperature: Positive[float] = 1.0
     """divides the advantage in the weight (beta of Eq. 20)"""
-    num_advantage_actions: int = 10
+    num_advantage_actions: Positive[int] = 10
     """N of Eq. 21"""
 
 
@@ -130,7 +129,7 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
 
 # ------------------------------------------------------------------------------------------------------- policy
 def sample_action(
-    policy: GaussianPolicy, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, scale=1
+    policy: GaussianPolicy, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, scale: float = 1.0
 ) -> Float[Array, "batch act_dim"]:
     """a ~ pi(. | s), its deviation scaled, clipped (D18)."""
     mean = jax.vmap(policy)(obs)
@@ -142,7 +141,7 @@ def critic_target(
     target_critics: Critic, target_policy: GaussianPolicy, batch: Dataset, key: PRNGKeyArray, args: Args
 ) -> Float[Array, " batch"]:
     """Eq. 14: r + gamma (1 - terminal) min_i Q'_i(s', a'), a' ~ target policy (D1)."""
-    num_actions = 10 if args.max_q_backup else 1  # of which each target critic takes its best
+    num_actions = NUM_BACKUP_ACTIONS if args.max_q_backup else 1  # each target critic takes its best of them
     next_obs = jnp.repeat(batch.next_obs, num_actions, axis=0)
     next_action = sample_action(target_policy, next_obs, key)
     next_q = twin_q(target_critics, next_obs, next_action).reshape(2, -1, num_actions).max(axis=2)
@@ -163,7 +162,9 @@ def advantage_weight(
     q = lambda action: twin_q(critics, batch.obs, action).min(axis=0)
     keys = jax.random.split(key, args.num_advantage_actions)
     sampled_action = jax.vmap(lambda key: sample_action(policy, batch.obs, key))(keys)
-    return jnp.minimum(jnp.exp((q(batch.action) - jax.vmap(q)(sampled_action).mean(axis=0)) / args.temperature), 20.0)
+    return jnp.minimum(
+        jnp.exp((q(batch.action) - jax.vmap(q)(sampled_action).mean(axis=0)) / args.temperature), MAX_WEIGHT
+    )
 
 
 def policy_loss(
@@ -178,10 +179,10 @@ def policy_loss(
 
 # ----------------------------------------------------------------------------------------------------- training
 def train_step(
-    state: TrainState, step: Int[Array, ""], key: PRNGKeyArray, dataset: Dataset, args: Args
+    state: TrainState, update: Int[Array, ""], key: PRNGKeyArray, dataset: Dataset, args: Args
 ) -> tuple[TrainState, dict]:
-    """Update number `step` (1, 2, ...) of one seed: Alg. 1."""
-    batch_key, target_key, policy_key = jax.random.split(jax.random.fold_in(key, step), 3)
+    """Update number `update` (1, 2, ...) of one seed: Alg. 1."""
+    batch_key, target_key, policy_key = jax.random.split(jax.random.fold_in(key, update), 3)
     policy_optimizer, optimizer = make_optimizers(args)
 
     # Sample a batch
@@ -201,59 +202,66 @@ def train_step(
 
     # Move the targets
     target_critics = optax.incremental_update(critics, state.target_critics, args.tau)
-    policy_tau = jnp.where((step > 1000) & (step % 5 == 0), args.tau, 0.0)  # every fifth update after a thousand
-    target_policy = optax.incremental_update(policy, state.target_policy, policy_tau)
+    policy_moves = (update > POLICY_TARGET_START) & (update % POLICY_TARGET_EVERY == 0)
+    target_policy = optax.incremental_update(policy, state.target_policy, jnp.where(policy_moves, args.tau, 0.0))
 
     state = TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
     return state, critic_metrics | policy_metrics
 
 
-@partial(jax.jit, static_argnames="num_steps", donate_argnames="state")
+@partial(jax.jit, static_argnames="num_updates", donate_argnames="state")
 def train_chunk(
-    state: TrainState, start: Int[Array, ""], keys: Key[Array, " seeds"], dataset: Dataset, args: Args, num_steps: int
+    state: TrainState, last: Int[Array, ""], keys: Key[Array, " seeds"], dataset: Dataset, args: Args, num_updates: int
 ) -> tuple[TrainState, dict]:
-    """Updates start + 1 to start + num_steps of all seeds; metrics are (num_steps, seeds)."""
-    step_of_all_seeds = jax.vmap(train_step, in_axes=(0, None, 0, None, None))
-    steps = start + 1 + jnp.arange(num_steps)
-    return jax.lax.scan(lambda state, step: step_of_all_seeds(state, step, keys, dataset, args), state, steps)
+    """The `num_updates` updates of all seeds that end with number `last`; metrics are (num_updates, seeds)."""
+    train_all_seeds = jax.vmap(train_step, in_axes=(0, None, 0, None, None))
+    updates = last - num_updates + 1 + jnp.arange(num_updates)
+    return jax.lax.scan(lambda state, update: train_all_seeds(state, update, keys, dataset, args), state, updates)
 
 
 # ------------------------------------------------------------------------------------------------------- acting
-@jax.jit
-@partial(jax.vmap, in_axes=(0, 0, 0, 0, None, None))
 def select_action(
-    policy: GaussianPolicy, critics: Critic, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, step, args: Args
-) -> Float[Array, "batch act_dim"]:
-    """Alg. 2, for a batch of seeds: one of N actions of the policy, with probability ~ exp(min_i Q_i(s, a))."""
-    sample_key, choice_key = jax.random.split(jax.random.fold_in(key, step))
-    candidate_obs = jnp.repeat(obs, args.num_eval_actions, axis=0)
-    scale = 0 if args.num_eval_actions == 1 else 1
-    action = sample_action(policy, candidate_obs, sample_key, scale)
-    q = twin_q(critics, candidate_obs, action).min(axis=0).reshape(len(obs), args.num_eval_actions)
-    choice = jax.random.categorical(choice_key, q)
-    return action.reshape(*q.shape, -1)[jnp.arange(len(obs)), choice]
+    state: TrainState, obs: Float[Array, " obs_dim"], key: PRNGKeyArray, args: Args
+) -> Float[Array, " act_dim"]:
+    """Alg. 2: one of N actions of the policy, drawn with probability ~ exp(min_i Q_i(s, a))."""
+    sample_key, choice_key = jax.random.split(key)
+    candidate_obs = jnp.tile(obs, (args.num_eval_actions, 1))
+    scale = 0.0 if args.num_eval_actions == 1 else 1.0
+    action = sample_action(state.policy, candidate_obs, sample_key, scale)
+    q = twin_q(state.critics, candidate_obs, action).min(axis=0)
+    return action[jax.random.categorical(choice_key, q)]
+
+
+@jax.jit
+def act(
+    state: TrainState, obs: Float[Array, "seeds batch obs_dim"], keys: Key[Array, " seeds"], step: Array, args: Args
+) -> Float[Array, "seeds batch act_dim"]:
+    """`select_action` for a batch of observations of every seed; each step draws other random numbers."""
+    keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, step), obs.shape[1]))(keys)
+    select_batch = jax.vmap(select_action, in_axes=(None, 0, 0, None))
+    return jax.vmap(select_batch, in_axes=(0, 0, 0, None))(state, obs, keys, args)
 
 
 # --------------------------------------------------------------------------------------------------------- main
 def train(args: Args) -> dict:
     """Trains and evaluates all seeds; returns the last score, OMS and RAT of each."""
-    setup(args)
-    task = resolve_task(args.env_id, args.dataset_id, args.dataset_path)
-    args = with_domain_defaults(args, task.environment.domain)
-    dataset, info = load_dataset(task, args.reward_rule, args.normalize_obs)
-    with Run(__file__, args, task, info) as run:
-        evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes, info)
+    args, task = setup(args)
+    dataset, behaviour = load_dataset(task, args.reward_rule)
+    mean, std = (behaviour.obs_mean, behaviour.obs_std) if args.normalize_obs else (0, 1)
+    dataset = dataset._replace(obs=(dataset.obs - mean) / std, next_obs=(dataset.next_obs - mean) / std)
+    with Run(__file__, args, task, behaviour) as run:
+        dataset = run.to_devices(dataset)
         init_keys, train_keys, act_keys = run.keys(3)
         obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
-        state = init_seeds(lambda key: init_state(key, obs_dim, act_dim, args), init_keys)
-        for start in range(0, args.num_updates, run.chunk):
-            update = start + run.chunk
-            state, metrics = train_chunk(state, start, train_keys, dataset, args, run.chunk)
+        state = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))(init_keys)
+        evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes)
+        for update in range(run.chunk, args.num_updates + 1, run.chunk):
+            state, metrics = train_chunk(state, update, train_keys, dataset, args, run.chunk)
             run.log_metrics(update, metrics)
             if update % args.eval_every == 0:
-                eval_keys = jax.vmap(jax.random.fold_in, (0, None))(act_keys, update)
-                act = lambda obs, t: select_action(state.policy, state.critics, obs, eval_keys, t, args)
-                run.log_evaluation(update, evaluate(act, update), state)
+                keys = jax.vmap(jax.random.fold_in, (0, None))(act_keys, update)
+                policy = lambda obs, step: act(state, (obs - mean) / std, keys, step, args)
+                run.log_evaluation(update, evaluate(policy, update), state)
         return run.finish()
 
 

@@ -36,16 +36,15 @@ import optax
 import tyro
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from common.data import Dataset, load_dataset, resolve_task
 from common.diffusion import ScheduleName, corrupt, ddpm_sample, make_schedule
 from common.dpm_solver import dpm_solver_sample
-from common.evaluation import Evaluator
+from common.harness import Dataset, Evaluator, NonNegative, Positive, RewardRule, Run, UnitInterval, load_dataset, setup
 from common.networks import Critic, NoisePredictor, Value, init_twin_critics, twin_q
-from common.run import Run, init_seeds, setup
-from common.tasks import RewardRule, with_domain_defaults
-
 
 # ---------------------------------------------------------------------------------------------------- arguments
+MAX_WEIGHT = 100.0  # IQL's and the official code
+
+
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Args:
@@ -54,8 +53,6 @@ class Args:
     # Experiment
     env_id: str = "pointmaze-umaze"
     """the task"""
-    list_envs: bool = False
-    """print every task with its data, protocol and settings, and stop"""
     dataset_id: str | None = None
     """any Minari dataset, remote or local; its own environment then replaces --env-id"""
     dataset_path: str | None = None
@@ -64,9 +61,9 @@ class Args:
     """how the dataset's rewards are shaped before learning"""
     normalize_obs: bool = False
     """standardise observations by the dataset's mean and deviation"""
-    seed: int = 0
+    seed: NonNegative[int] = 0
     """the first seed; a run is a function of (seed, update)"""
-    num_seeds: int = 1
+    num_seeds: Positive[int] = 1
     """seeds trained together in one program: seed, seed + 1, ..."""
     run_dir: str | None = None
     """where to write; by default runs/<env-id>__<algorithm>__<seed>__<time>"""
@@ -74,51 +71,51 @@ class Args:
     """log to Weights & Biases as well"""
 
     # Evaluation
-    eval_every: int | None = None
+    eval_every: Positive[int] | None = None
     """updates between evaluations"""
-    eval_episodes: int | None = None
+    eval_episodes: Positive[int] | None = None
     """episodes of each evaluation, for each seed"""
-    num_eval_actions: int = 10
+    num_eval_actions: Positive[int] = 10
     """N of energy-based action selection (Alg. 2); 1 is plain sampling"""
-    policy_temperature: float = 1.0
+    policy_temperature: NonNegative[float] = 1.0
     """scales the predicted noise when acting (C.4)"""
-    init_noise_scale: float = 1.0
+    init_noise_scale: NonNegative[float] = 1.0
     """scales the initial noise a^K when acting (C.4)"""
 
     # Optimisation
-    num_updates: int | None = None
+    num_updates: Positive[int] | None = None
     """gradient updates; 1000 are an epoch of the paper"""
-    batch_size: int = 256
+    batch_size: Positive[int] = 256
     """transitions of an update"""
-    learning_rate: float | None = None
+    learning_rate: Positive[float] | None = None
     """Adam's, for all networks (Table 3)"""
     lr_decay: bool = False
     """cosine decay of the policy's learning rate to 0"""
-    max_grad_norm: float = 5.0
+    max_grad_norm: Positive[float] = 5.0
     """gradient-norm clip of each network (Table 3)"""
-    gamma: float = 0.99
+    gamma: UnitInterval[float] = 0.99
     """discount"""
-    tau: float = 0.005
+    tau: UnitInterval[float] = 0.005
     """Polyak rate of the targets"""
 
     # Diffusion
-    num_diffusion_steps: int = 1000
+    num_diffusion_steps: Positive[int] = 1000
     """K"""
     beta_schedule: ScheduleName = "linear"
     """noise schedule; "vp" for few steps"""
     sampler: Literal["dpm", "ddpm"] = "dpm"
     """DPM-Solver, or all K steps of DDPM"""
-    num_solver_calls: int = 15
+    num_solver_calls: Positive[int] = 15
     """network calls of DPM-Solver"""
-    solver_order: int = 3
+    solver_order: Positive[int] = 3
     """order of DPM-Solver: 1 (DDIM), 2 or 3"""
 
     # Algorithm
-    eta: float | None = None
+    eta: NonNegative[float] | None = None
     """weight of the guidance loss (lambda of Alg. 1, "loss weight" of Table 3)"""
-    expectile: float | None = None
+    expectile: UnitInterval[float] | None = None
     """tau of Eq. 22"""
-    temperature: float = 1.0
+    temperature: Positive[float] = 1.0
     """divides the advantage in the weight (beta of Eq. 20)"""
 
 
@@ -182,16 +179,17 @@ def approximate_action(corruption: Corruption, args: Args) -> Float[Array, "batc
 
 
 def sample_action(
-    policy: NoisePredictor, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, args: Args, temperature=1, scale=1
+    policy: NoisePredictor, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, args: Args, acting: bool = False
 ) -> Float[Array, "batch act_dim"]:
-    """a ~ pi_theta(. | s), Eq. 3, by DPM-Solver or DDPM."""
-    init_key, key = jax.random.split(key)
+    """a ~ pi_theta(. | s), Eq. 3, by DPM-Solver or DDPM; when acting, controlled by temperature and scale (C.4)."""
+    temperature, noise_scale = (args.policy_temperature, args.init_noise_scale) if acting else (1.0, 1.0)
+    init_key, chain_key = jax.random.split(key)
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
-    noise = scale * jax.random.normal(init_key, (len(obs), policy.act_dim))
+    noise = noise_scale * jax.random.normal(init_key, (len(obs), policy.act_dim))
     predict = jax.jit(jax.vmap(policy, in_axes=(0, 0, None)))  # traced once for all calls
     noise_fn = lambda noisy_action, k: temperature * predict(obs, noisy_action, k)
     if args.sampler == "ddpm":
-        return ddpm_sample(noise_fn, schedule, noise, key, clip=True)
+        return ddpm_sample(noise_fn, schedule, noise, chain_key, clip=True)
     return dpm_solver_sample(noise_fn, schedule, noise, args.num_solver_calls, args.solver_order, clip=True)
 
 
@@ -219,7 +217,7 @@ def critic_loss(critics: Critic, target: Float[Array, " batch"], batch: Dataset)
 def advantage_weight(value: Value, target_critics: Critic, batch: Dataset, args: Args) -> Float[Array, " batch"]:
     """Eq. 20: f = min(100, e^(A / temperature)), A = min_i Q'_i(s, a) - V(s) (D13)."""
     advantage = twin_q(target_critics, batch.obs, batch.action).min(axis=0) - jax.vmap(value)(batch.obs)
-    return jnp.minimum(jnp.exp(advantage / args.temperature), 100.0)
+    return jnp.minimum(jnp.exp(advantage / args.temperature), MAX_WEIGHT)
 
 
 def policy_loss(
@@ -237,10 +235,10 @@ def policy_loss(
 
 # ----------------------------------------------------------------------------------------------------- training
 def train_step(
-    state: TrainState, step: Int[Array, ""], key: PRNGKeyArray, dataset: Dataset, args: Args
+    state: TrainState, update: Int[Array, ""], key: PRNGKeyArray, dataset: Dataset, args: Args
 ) -> tuple[TrainState, dict]:
-    """Update number `step` (1, 2, ...) of one seed: Alg. 1."""
-    batch_key, policy_key = jax.random.split(jax.random.fold_in(key, step))
+    """Update number `update` (1, 2, ...) of one seed: Alg. 1."""
+    batch_key, policy_key = jax.random.split(jax.random.fold_in(key, update))
     policy_optimizer, optimizer = make_optimizers(args)
 
     # Sample a batch
@@ -271,51 +269,58 @@ def train_step(
     return state, value_metrics | critic_metrics | policy_metrics
 
 
-@partial(jax.jit, static_argnames="num_steps", donate_argnames="state")
+@partial(jax.jit, static_argnames="num_updates", donate_argnames="state")
 def train_chunk(
-    state: TrainState, start: Int[Array, ""], keys: Key[Array, " seeds"], dataset: Dataset, args: Args, num_steps: int
+    state: TrainState, last: Int[Array, ""], keys: Key[Array, " seeds"], dataset: Dataset, args: Args, num_updates: int
 ) -> tuple[TrainState, dict]:
-    """Updates start + 1 to start + num_steps of all seeds; metrics are (num_steps, seeds)."""
-    step_of_all_seeds = jax.vmap(train_step, in_axes=(0, None, 0, None, None))
-    steps = start + 1 + jnp.arange(num_steps)
-    return jax.lax.scan(lambda state, step: step_of_all_seeds(state, step, keys, dataset, args), state, steps)
+    """The `num_updates` updates of all seeds that end with number `last`; metrics are (num_updates, seeds)."""
+    train_all_seeds = jax.vmap(train_step, in_axes=(0, None, 0, None, None))
+    updates = last - num_updates + 1 + jnp.arange(num_updates)
+    return jax.lax.scan(lambda state, update: train_all_seeds(state, update, keys, dataset, args), state, updates)
 
 
 # ------------------------------------------------------------------------------------------------------- acting
-@jax.jit
-@partial(jax.vmap, in_axes=(0, 0, 0, 0, None, None))
 def select_action(
-    policy: NoisePredictor, critics: Critic, obs: Float[Array, "batch obs_dim"], key: PRNGKeyArray, step, args: Args
-) -> Float[Array, "batch act_dim"]:
-    """Alg. 2, for a batch of seeds: one of N actions of the policy, with probability ~ exp(min_i Q_i(s, a))."""
-    sample_key, choice_key = jax.random.split(jax.random.fold_in(key, step))
-    candidate_obs = jnp.repeat(obs, args.num_eval_actions, axis=0)
-    action = sample_action(policy, candidate_obs, sample_key, args, args.policy_temperature, args.init_noise_scale)
-    q = twin_q(critics, candidate_obs, action).min(axis=0).reshape(len(obs), args.num_eval_actions)
-    choice = jax.random.categorical(choice_key, q)
-    return action.reshape(*q.shape, -1)[jnp.arange(len(obs)), choice]
+    state: TrainState, obs: Float[Array, " obs_dim"], key: PRNGKeyArray, args: Args
+) -> Float[Array, " act_dim"]:
+    """Alg. 2: one of N actions of the policy, drawn with probability ~ exp(min_i Q_i(s, a))."""
+    sample_key, choice_key = jax.random.split(key)
+    candidate_obs = jnp.tile(obs, (args.num_eval_actions, 1))
+    action = sample_action(state.policy, candidate_obs, sample_key, args, acting=True)
+    q = twin_q(state.critics, candidate_obs, action).min(axis=0)
+    return action[jax.random.categorical(choice_key, q)]
+
+
+@jax.jit
+def act(
+    state: TrainState, obs: Float[Array, "seeds batch obs_dim"], keys: Key[Array, " seeds"], step: Array, args: Args
+) -> Float[Array, "seeds batch act_dim"]:
+    """`select_action` for a batch of observations of every seed; each step draws other random numbers."""
+    keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, step), obs.shape[1]))(keys)
+    select_batch = jax.vmap(select_action, in_axes=(None, 0, 0, None))
+    return jax.vmap(select_batch, in_axes=(0, 0, 0, None))(state, obs, keys, args)
 
 
 # --------------------------------------------------------------------------------------------------------- main
 def train(args: Args) -> dict:
     """Trains and evaluates all seeds; returns the last score, OMS and RAT of each."""
-    setup(args)
-    task = resolve_task(args.env_id, args.dataset_id, args.dataset_path)
-    args = with_domain_defaults(args, task.environment.domain, iql=True)
-    dataset, info = load_dataset(task, args.reward_rule, args.normalize_obs)
-    with Run(__file__, args, task, info) as run:
-        evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes, info)
+    args, task = setup(args, iql=True)
+    dataset, behaviour = load_dataset(task, args.reward_rule)
+    mean, std = (behaviour.obs_mean, behaviour.obs_std) if args.normalize_obs else (0, 1)
+    dataset = dataset._replace(obs=(dataset.obs - mean) / std, next_obs=(dataset.next_obs - mean) / std)
+    with Run(__file__, args, task, behaviour) as run:
+        dataset = run.to_devices(dataset)
         init_keys, train_keys, act_keys = run.keys(3)
         obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
-        state = init_seeds(lambda key: init_state(key, obs_dim, act_dim, args), init_keys)
-        for start in range(0, args.num_updates, run.chunk):
-            update = start + run.chunk
-            state, metrics = train_chunk(state, start, train_keys, dataset, args, run.chunk)
+        state = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))(init_keys)
+        evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes)
+        for update in range(run.chunk, args.num_updates + 1, run.chunk):
+            state, metrics = train_chunk(state, update, train_keys, dataset, args, run.chunk)
             run.log_metrics(update, metrics)
             if update % args.eval_every == 0:
-                eval_keys = jax.vmap(jax.random.fold_in, (0, None))(act_keys, update)
-                act = lambda obs, t: select_action(state.policy, state.critics, obs, eval_keys, t, args)
-                run.log_evaluation(update, evaluate(act, update), state)
+                keys = jax.vmap(jax.random.fold_in, (0, None))(act_keys, update)
+                policy = lambda obs, step: act(state, (obs - mean) / std, keys, step, args)
+                run.log_evaluation(update, evaluate(policy, update), state)
         return run.finish()
 
 

@@ -14,10 +14,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from common.tasks import ADROIT, ANTMAZE, KITCHEN, LOCOMOTION, Task
-from common.transitions import Transitions
-
-FILE_HINT = "D4RL's files are flat, with observations, actions, rewards and terminals at the root"
+from common.harness.records import Dataset
+from common.harness.tasks import ADROIT, ANTMAZE, KITCHEN, LOCOMOTION, Task
 
 
 def d4rl_task(task: Task, path: Path) -> Task:
@@ -36,8 +34,8 @@ def d4rl_task(task: Task, path: Path) -> Task:
     return task._replace(environment=environment, dataset_ids=(), d4rl_file=path)
 
 
-def read_d4rl(path: Path, max_steps: int) -> Transitions:
-    """The transitions of a D4RL file, as `qlearning_dataset` makes them.
+def read_d4rl(path: Path, max_steps: int) -> tuple[Dataset, np.ndarray]:
+    """(transitions, index after each episode's last) of a D4RL file, as `qlearning_dataset` makes them.
 
     The last sample is dropped, and so is each that ends an episode by time, even a terminal one: it has no successor.
     Files without `timeouts` end an episode by time after `max_steps`; the count starts at 1 after a terminal, as
@@ -49,31 +47,26 @@ def read_d4rl(path: Path, max_steps: int) -> Transitions:
         reward = np.asarray(file["rewards"], np.float32).ravel()
         terminal = np.asarray(file["terminals"]).ravel().astype(bool)
         timeout = np.asarray(file["timeouts"]).ravel().astype(bool) if "timeouts" in file else None
-    lengths = {len(array) for array in (obs, action, reward, terminal)} | {len(obs if timeout is None else timeout)}
-    if len(lengths) > 1 or obs.ndim != 2 or action.ndim != 2 or len(obs) < 2:
-        raise ValueError(f"its arrays have the lengths {sorted(lengths)}; {FILE_HINT}")
     if timeout is None:
         timeout = _count_timeouts(terminal, max_steps)
+    lengths = {len(array) for array in (obs, action, reward, terminal, timeout)}
+    if len(lengths) > 1 or obs.ndim != 2 or action.ndim != 2 or len(obs) < 2:
+        raise ValueError(
+            f"its arrays have the lengths {sorted(lengths)}; D4RL's files are flat, with observations, actions, "
+            "rewards and terminals at the root"
+        )
     kept = np.flatnonzero(~timeout[:-1])
     ends = np.flatnonzero((terminal | timeout)[:-1]) + 1
-    episode_end = np.unique(np.append(np.searchsorted(kept, ends), len(kept)))
-    return Transitions(
-        obs[kept],
-        action[kept],
-        reward[kept],
-        obs[kept + 1],
-        terminal[kept].astype(np.float32),
-        episode_end[episode_end > 0],
-    )
+    ends = np.unique(np.append(np.searchsorted(kept, ends), len(kept)))
+    dataset = Dataset(obs[kept], action[kept], reward[kept], obs[kept + 1], terminal[kept].astype(np.float32))
+    return dataset, ends[ends > 0]
 
 
 def _count_timeouts(terminal: np.ndarray, max_steps: int) -> np.ndarray:
     timeout, step = np.zeros(len(terminal), bool), 0
     for i, is_terminal in enumerate(terminal):
-        if step == max_steps - 1:
-            timeout[i], step = True, 0
-        else:
-            step = 1 if is_terminal else step + 1
+        timeout[i] = step == max_steps - 1
+        step = 0 if timeout[i] else 1 if is_terminal else step + 1
     return timeout
 
 

@@ -2,15 +2,20 @@
 
 One table, three levels: a *domain* (hyperparameters of the paper's Table 3 and Sec. 5), an *environment* (protocol and
 reference scores of D4RL), a *task* (an environment with its datasets, the unit that `--env-id` names).
+
+    python -m common.harness.tasks    # prints the table
 """
 
+import contextlib
 import dataclasses
 import difflib
-import json
+import os
+import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 
 RewardRule = Literal["none", "normalize", "cql_antmaze", "iql_antmaze", "iql_locomotion"]
 
@@ -42,7 +47,7 @@ class Environment(NamedTuple):
     """An evaluation environment and D4RL's protocol for it."""
 
     domain: Domain
-    gym_id: str  # or, for an environment outside the table, the JSON of its Gymnasium spec
+    gym_id: str | EnvSpec  # the spec, for an environment outside the table
     max_steps: int | None = None  # None: as registered, or 1000 if that has no end
     reference: tuple[float, float] | None = None  # returns that score 0 and 100
     kwargs: dict[str, Any] = {}
@@ -98,6 +103,9 @@ ENVIRONMENTS = {
 }
 
 
+GOAL_RADIUS = 0.45  # of gymnasium-robotics' mazes, around the centre of the goal
+
+
 class Task(NamedTuple):
     """A learning problem: an environment, and the Minari datasets (concatenated) or the D4RL file to learn it from."""
 
@@ -133,68 +141,35 @@ def _build_tasks() -> dict[str, Task]:
 TASKS = _build_tasks()
 
 
-def describe_tasks() -> str:
-    """The table, for people: what `--list-envs` prints."""
-    lines = []
-    domain = environment = None
-    for task in TASKS.values():
-        if task.environment.domain != domain:
-            domain = task.environment.domain
-            rule, iql_rule = domain.reward_rule, domain.iql_reward_rule
-            lines.append(
-                f"\n{domain.name}: learning rate {domain.learning_rate:g}, eta {domain.eta:g}, expectile "
-                f"{domain.expectile:g}, temperature {domain.temperature:.3g} (iql.py), "
-                f"rewards {rule if rule == iql_rule else f'{rule} (IQL {iql_rule})'}, "
-                f"{domain.num_updates:,} updates, {domain.eval_episodes} episodes every {domain.eval_every:,}"
-            )
-        if task.environment != environment:
-            environment = task.environment
-            low, high = environment.reference
-            protocol = [f"{environment.max_steps} steps", f"score 0 at return {low:g}, 100 at {high:g}"]
-            if environment.obs_keys:
-                protocol.append("sees " + ", ".join(environment.obs_keys))
-            if environment.cells:
-                protocol.append("from cell {} to {}".format(*environment.cells))
-            if environment.drop_below:
-                protocol.append("ends when observation {} < {:g}".format(*environment.drop_below))
-            if "tasks_to_complete" in environment.kwargs:
-                protocol.append(", ".join(environment.kwargs["tasks_to_complete"]))
-            lines.append(f"  {environment.gym_id}: {'; '.join(protocol)}")
-        lines.append(f"    {task.env_id:<27}{' + '.join(task.dataset_ids)}")
-    return "\n".join(lines).lstrip()
-
-
 def find_task(env_id: str) -> Task:
     """The task that `--env-id` names. Exits with the nearest known names if there is none."""
     if env_id in TASKS:
         return TASKS[env_id]
     nearest = difflib.get_close_matches(env_id.lower(), TASKS, n=3, cutoff=0.3) or ["pointmaze-umaze"]
     raise SystemExit(
-        f"Unknown --env-id {env_id!r}: the nearest known ones are {', '.join(nearest)} (--list-envs shows all); any "
-        "Minari dataset can be used with --dataset-id, for example --dataset-id D4RL/pen/expert-v2."
+        f"Unknown --env-id {env_id!r}: the nearest known ones are {', '.join(nearest)}, and `python -m "
+        "common.harness.tasks` lists all; any Minari dataset can be used with --dataset-id, for example --dataset-id "
+        "D4RL/pen/expert-v2."
     )
 
 
-def task_of_dataset(dataset_id: str, env_spec: str | None) -> Task:
-    """The task of any Minari dataset, from the JSON of the environment that its metadata names.
+def task_of_dataset(dataset_id: str, spec: EnvSpec | None) -> Task:
+    """The task of any Minari dataset, from the environment that its metadata name.
 
     A known environment brings its protocol, whatever the dataset's id; another one is evaluated as it is registered.
     Exits if the dataset names no environment.
     """
     name = dataset_id.replace("/", "-")
-    if not env_spec:
+    if spec is None:
         raise SystemExit(
             f"Dataset {dataset_id} does not say which environment it was made in, so no policy can be evaluated."
         )
-    spec = json.loads(env_spec)
-    variant = spec["id"].rsplit("-", 1)[0]
+    variant = spec.id.rsplit("-", 1)[0]
     known = next((e for key, e in ENVIRONMENTS.items() if variant.startswith(key)), None)
-    if "Dense" in variant or "Sparse" in variant:  # other rewards than the protocol's
-        known = None
-    if known is None:
-        return Task(name, Environment(OTHER, env_spec), (dataset_id,))
-    if "tasks_to_complete" in spec["kwargs"]:  # kitchen: each dataset has its own four
-        known = known._replace(kwargs=known.kwargs | {"tasks_to_complete": spec["kwargs"]["tasks_to_complete"]})
+    if known is None or "Dense" in variant or "Sparse" in variant:  # other rewards than the protocol's
+        return Task(name, Environment(OTHER, spec), (dataset_id,))
+    if "tasks_to_complete" in spec.kwargs:  # kitchen: each dataset has its own four
+        known = known._replace(kwargs=known.kwargs | {"tasks_to_complete": spec.kwargs["tasks_to_complete"]})
     return Task(name, known, (dataset_id,))
 
 
@@ -224,3 +199,29 @@ def normalized_score(environment: Environment, returns: np.ndarray) -> np.ndarra
         return np.asarray(returns)
     low, high = environment.reference
     return 100 * (np.asarray(returns) - low) / (high - low)
+
+
+def describe_tasks() -> str:
+    """The table, for people: domains with their defaults, under each its tasks."""
+    lines, domain = [], None
+    for task in TASKS.values():
+        environment = task.environment
+        if environment.domain != domain:
+            domain = environment.domain
+            lines.append(
+                "\n{name}: learning rate {learning_rate:g}, eta {eta:g}, expectile {expectile:g}, temperature "
+                "{temperature:.3g} (iql.py), rewards {reward_rule} (IQL: {iql_reward_rule}), {num_updates:,} updates, "
+                "{eval_episodes} episodes every {eval_every:,}".format(**domain._asdict())
+            )
+        protocol = "{}, {} steps, score 0 at return {:.6g}, 100 at {:.6g}".format(
+            *environment[1:3], *environment.reference
+        )
+        lines.append(f"  {task.env_id:<27}{' + '.join(task.dataset_ids):<58}{protocol}")
+    return "\n".join(lines).lstrip()
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):  # of `| head`
+        print(describe_tasks(), flush=True)
+        sys.exit()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

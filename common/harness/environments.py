@@ -1,14 +1,18 @@
-"""Evaluation environments: Gymnasium's, wrapped to D4RL's protocol."""
+"""Evaluation by D4RL's protocol: Gymnasium's environments, wrapped to it, and seeded episodes in copies of them."""
 
 import contextlib
 import io
 import tempfile
 import warnings
+from collections.abc import Callable
+from functools import cached_property
 
 import gymnasium
 import numpy as np
+from jaxtyping import Array
 
-from common.tasks import Environment
+from common.harness.records import Episodes
+from common.harness.tasks import Environment
 
 
 def make_gym_env(gym_id: str | gymnasium.envs.registration.EnvSpec, **kwargs) -> gymnasium.Env:
@@ -71,14 +75,12 @@ class TerminateBelow(gymnasium.Wrapper):
 
 def make_env(environment: Environment) -> gymnasium.Env:
     """One evaluation environment that takes actions in [-1, 1] and returns flat observations."""
-    gym_id, kwargs = environment.gym_id, dict(environment.kwargs)
-    if gym_id.startswith("{"):
-        gym_id = gymnasium.envs.registration.EnvSpec.from_json(gym_id)
-        if not 0 < (gym_id.max_episode_steps or 0) <= 10_000:  # endless, to record in: an evaluation would not end
-            kwargs["max_episode_steps"] = 1000
+    kwargs = dict(environment.kwargs)
     if environment.max_steps is not None:
         kwargs["max_episode_steps"] = environment.max_steps
-    env = make_gym_env(gym_id, **kwargs)
+    elif not 0 < (environment.gym_id.max_episode_steps or 0) <= 10_000:  # to record in: an evaluation would not end
+        kwargs["max_episode_steps"] = 1000
+    env = make_gym_env(environment.gym_id, **kwargs)
     if environment.cells is not None:
         env = StartAndGoal(env, *environment.cells, centre=environment.fixed_goal)
     if environment.drop_below is not None:
@@ -95,3 +97,49 @@ def make_env(environment: Environment) -> gymnasium.Env:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the kitchen's bounds overflow when cast
         return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+class Evaluator:
+    """Copies of an environment for a batch of seeds, kept for the whole run.
+
+    Every copy plays one episode and is then left alone, so there is no automatic reset to get wrong. A copy's start
+    depends on (seed, update, episode) only: seeds trained together see what each would see alone.
+    """
+
+    def __init__(self, environment: Environment, seeds: list[int], num_episodes: int):
+        self.environment, self.seeds, self.num_episodes = environment, seeds, num_episodes
+
+    @cached_property
+    def envs(self) -> list[list[gymnasium.Env]]:
+        """By seed and episode; made at the first evaluation, so that training starts without them."""
+        return [[make_env(self.environment) for _ in range(self.num_episodes)] for _ in self.seeds]
+
+    def __call__(self, act: Callable[..., Array], update: int) -> Episodes:
+        """`act(obs, step)` maps (seeds, episodes, obs_dim) at a step of the episodes to actions in [-1, 1]."""
+        shape = len(self.seeds), self.num_episodes
+        start = lambda *ids: int(np.random.SeedSequence(ids).generate_state(1)[0])
+        obs = np.array(
+            [
+                [env.reset(seed=start(seed, update, episode))[0] for episode, env in enumerate(row)]
+                for seed, row in zip(self.seeds, self.envs)
+            ],
+            np.float32,
+        )
+        returns, lengths = np.zeros(shape), np.zeros(shape, int)
+        paths = [[] for _ in range(self.num_episodes)]
+        running, step = list(np.ndindex(shape)), 0
+        while running:
+            action = np.asarray(act(obs, step))
+            still_running = []
+            for i, j in running:
+                if i == 0:
+                    paths[j].append(obs[i, j, :2].copy())
+                obs[i, j], reward, terminated, truncated, _ = self.envs[i][j].step(action[i, j])
+                returns[i, j] += reward
+                lengths[i, j] += 1
+                if not (terminated or truncated):
+                    still_running.append((i, j))
+            running, step = still_running, step + 1
+        paths = [np.array([*path, last[:2]]) for path, last in zip(paths, obs[0])]
+        is_maze = self.environment.cells is not None
+        return Episodes(returns, lengths, paths if is_maze else [], self.envs[0][0].unwrapped.maze if is_maze else None)

@@ -1,0 +1,64 @@
+"""The pictures of a run. Drawn without pyplot, whose backend and open figures belong to the user."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, Rectangle
+
+
+def learning_curve(
+    updates: Sequence[int],
+    scores: np.ndarray,
+    seeds: Sequence[int],
+    behaviour: float,
+    title: str,
+    name: str,
+    file: Path,
+) -> None:
+    """Saves scores, (evaluations, seeds), against updates; `name` is what they are called."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    ax = figure.subplots()
+    for seed, curve in zip(seeds, scores.T):
+        ax.plot(updates, curve, ".-", alpha=0.4 if len(seeds) > 1 else 1, label=f"seed {seed}")
+    if len(seeds) > 1:
+        ax.plot(updates, scores.mean(axis=1), "k.-", label="mean")
+    ax.axhline(behaviour, color="gray", linestyle="--", label="behaviour")
+    ax.set(xlabel="updates", ylabel=name, title=title)
+    ax.legend(fontsize="small")
+    figure.savefig(file, dpi=150)
+
+
+def maze_paths(
+    maze: Any,
+    cells: Sequence[tuple[int, int]],
+    radius: float,
+    behaviour: Sequence[np.ndarray],
+    policy: Sequence[np.ndarray],
+    file: Path,
+) -> None:
+    """Saves a maze (gymnasium-robotics' `Maze`) with paths, each (steps, 2), of the behaviour and of the policy.
+
+    `cells` are start and goal, (row, column); `radius` is that of the goal.
+    """
+    half = maze.maze_size_scaling / 2
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    start, goal = (maze.cell_rowcol_to_xy(np.array(cell)) for cell in cells)
+    for ax, paths, title, color in zip(axes, (behaviour, policy), ("dataset", "learned policy"), ("gray", "blue")):
+        for cell, kind in np.ndenumerate(np.array(maze.maze_map, object)):
+            if kind == 1:
+                corner = maze.cell_rowcol_to_xy(np.array(cell)) - half
+                ax.add_patch(Rectangle(corner, 2 * half, 2 * half, color="0.3"))
+        for path in paths:
+            ax.plot(*path.T, color=f"tab:{color}", alpha=0.4, linewidth=0.8)
+        ax.plot(*start, "o", color="tab:orange", markersize=9, label="start")
+        ax.plot(*goal, "*", color="tab:red", markersize=15, label="goal")
+        ax.add_patch(Circle(goal, radius, color="tab:red", fill=False, linestyle=":"))
+        rows, columns = np.shape(maze.maze_map)
+        ax.set(title=f"{title}, {len(paths)} paths", aspect="equal", xticks=[], yticks=[])
+        ax.set(xlim=(-half * columns, half * columns), ylim=(-half * rows, half * rows))
+    axes[1].legend(loc="upper right")
+    figure.savefig(file, dpi=150)

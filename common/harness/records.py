@@ -1,0 +1,36 @@
+"""The records that pass between reading, learning, evaluating and logging."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float
+
+
+class Dataset(NamedTuple):
+    """Transitions, episode after episode."""
+
+    obs: Float[Array | np.ndarray, "size obs_dim"]
+    action: Float[Array | np.ndarray, "size act_dim"]
+    reward: Float[Array | np.ndarray, " size"]
+    next_obs: Float[Array | np.ndarray, "size obs_dim"]
+    terminal: Float[Array | np.ndarray, " size"]  # 1 where the task truly ended; a time-out is no end
+
+
+class Behaviour(NamedTuple):
+    """What is known of a dataset before a policy is learned from it."""
+
+    statistics: dict[str, Any]  # for people and args.json
+    episode_end: np.ndarray  # (episodes,), index after each one's last transition
+    scores: np.ndarray  # (episodes,), under the evaluation protocol
+    obs_mean: np.ndarray  # (obs_dim,)
+    obs_std: np.ndarray  # (obs_dim,), plus 1e-3 as in TD3+BC: coordinates that never change stay finite
+    paths: list[np.ndarray]  # mazes only: (x, y) along some episodes
+
+
+class Episodes(NamedTuple):
+    """One evaluation."""
+
+    returns: np.ndarray  # (seeds, episodes)
+    lengths: np.ndarray  # (seeds, episodes), steps
+    paths: list[np.ndarray]  # mazes only: (x, y) along the episodes of the first seed
+    maze: Any = None  # gymnasium-robotics' Maze
