@@ -53,7 +53,7 @@ class Args:
     dataset_path: str | None = None
     """an original D4RL file (HDF5) of the task, in place of Minari's data"""
     reward_rule: RewardRule | None = None
-    """shape of the rewards: in locomotion none (IQL iql_locomotion), in mazes cql_antmaze (iql_antmaze), else normalize"""
+    """shape of the rewards: locomotion none (IQL iql_locomotion), mazes cql_antmaze (iql_antmaze), else normalize"""
     normalize_obs: bool = False
     """standardise observations by the dataset's mean and deviation"""
     seed: NonNegative[int] = 0
@@ -232,7 +232,7 @@ def advantage_weight(
 def policy_loss(
     policy: NoisePredictor, critics: Critic, batch: Dataset, key: PRNGKeyArray, args: Args
 ) -> tuple[Float[Array, ""], dict]:
-    """Eq. 13 and 20: L_diff + eta mean f(s, a) |a - a-hat^0|^2 / 2 (D10, D27), or Eq. 12 for its log-likelihood (D12)."""
+    """Eq. 13 and 20: L_diff + eta mean f(s, a) |a - a-hat^0|^2 / 2 (D10, D27), or Eq. 12 for its likelihood (D12)."""
     diffusion_key, advantage_key = jax.random.split(key)
     diffusion, corruption = diffusion_loss(policy, batch, diffusion_key, args)
     action = approximate_action(corruption, args)
