@@ -177,7 +177,7 @@ def diffusion_loss(
 
 def approximate_action(corruption: Corruption, args: Args) -> Float[Array, "batch act_dim"]:
     """Eq. 9: a-hat^0 = (a^k - sqrt(1 - alpha_bar^k) eps_theta) / sqrt(alpha_bar^k), clipped (D2)."""
-    if args.prediction == "action":  # and nothing has to be solved for a-hat^0
+    if args.prediction == "action":  # a-hat^0 is what the network gives
         return jnp.clip(corruption.prediction, -1, 1)
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
     signal = jnp.asarray(schedule.sqrt_alpha_bar)[corruption.k, None]
@@ -243,9 +243,8 @@ def policy_loss(
         k, noise, noisy_action, prediction = corruption
         schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
         step_weight = schedule.beta / (2 * schedule.alpha * (1 - schedule.alpha_bar))
-        predicted_noise = implied_noise(args.prediction, schedule, noisy_action, k[:, None], prediction)
-        squared_error = jnp.mean((noise - predicted_noise) ** 2, axis=1)
-        negative_log_likelihood = jnp.asarray(step_weight / step_weight.mean())[k] * squared_error
+        error = noise - implied_noise(args.prediction, schedule, noisy_action, k[:, None], prediction)
+        negative_log_likelihood = jnp.asarray(step_weight / step_weight.mean())[k] * jnp.mean(error**2, axis=1)
     guidance = jnp.mean(weight * negative_log_likelihood)
     loss = diffusion + args.eta * guidance
     metrics = {"policy_loss": loss, "diffusion_loss": diffusion, "guidance_loss": guidance, "weight": weight.mean()}

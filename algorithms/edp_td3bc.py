@@ -170,7 +170,7 @@ def diffusion_loss(
 
 def approximate_action(corruption: Corruption, args: Args) -> Float[Array, "batch act_dim"]:
     """Eq. 9: a-hat^0 = (a^k - sqrt(1 - alpha_bar^k) eps_theta) / sqrt(alpha_bar^k), clipped (D2)."""
-    if args.prediction == "action":  # and nothing has to be solved for a-hat^0
+    if args.prediction == "action":  # a-hat^0 is what the network gives
         return jnp.clip(corruption.prediction, -1, 1)
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
     signal = jnp.asarray(schedule.sqrt_alpha_bar)[corruption.k, None]
