@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple, flatten
-from recording import change_metadata, record, record_hopper, write_dataset
+from helpers import change_metadata, record, record_hopper, write_dataset
 
 from algorithms.edp_td3bc import Args, train
 from common.data import load_dataset, resolve_task

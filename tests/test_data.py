@@ -11,7 +11,7 @@ import h5py
 import minari
 import numpy as np
 import pytest
-from recording import by_hand, change_metadata, goal_here, record, record_hopper
+from helpers import by_hand, change_metadata, goal_here, record, record_hopper
 
 from common import data
 from common.data import load_dataset, read_minari, resolve_task

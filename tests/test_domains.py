@@ -12,7 +12,7 @@ from typing import NamedTuple
 import gymnasium
 import numpy as np
 import pytest
-from recording import by_hand, goal_here, record
+from helpers import by_hand, goal_here, record
 
 from common.data import load_dataset, resolve_task
 from common.environments import make_env, make_gym_env
