@@ -1,4 +1,4 @@
-"""Who imports whom. `python tests/test_house.py` prints it, floor by floor: a module stands on those that it imports."""
+"""Who imports whom: `python tests/test_house.py` prints it, floor by floor."""
 
 import ast
 from pathlib import Path
@@ -17,7 +17,7 @@ def imports_of(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: a relative import"
             parts = {f"{node.module}.{alias.name}" for alias in node.names}
-            names |= parts & set(FILES) or {node.module}
+            names |= {part if part in FILES else node.module for part in parts}
     return names
 
 
