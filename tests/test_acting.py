@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recording import record_hopper
+from helpers import record_hopper
 
 from algorithms import bc, edp_td3bc
 from common.data import Dataset

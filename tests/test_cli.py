@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
-from recording import record_hopper
+from helpers import record_hopper
 
 import common.run
 from algorithms import bc, edp_td3bc, td3bc

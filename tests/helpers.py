@@ -1,7 +1,14 @@
-"""Small real Minari datasets for tests, recorded with random actions."""
+"""What several tests share: small arguments, scripts run as people run them, files of a run, small real datasets."""
 
+import ast
+import csv
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import gymnasium
 import jax
@@ -11,19 +18,83 @@ import pytest
 from minari.data_collector import EpisodeBuffer
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from common.transitions import Transitions
+from common.harness import Dataset
+
+SCRIPTS = Path(__file__).parents[1] / "algorithms"
+ALGORITHMS = ("edp_td3bc", "edp_crr", "edp_iql", "dql_baseline", "td3bc", "crr", "iql", "bc")
+
+# ----------------------------------------------------------------------------------------------- arguments and runs
+
+TINY = {
+    "num_updates": 20,
+    "eval_every": 10,
+    "eval_episodes": 2,
+    "num_seeds": 2,
+    "batch_size": 16,
+    "num_diffusion_steps": 50,
+    "num_solver_calls": 3,
+}
+
+
+def make_args(algorithm, common: dict, **changes):
+    """The arguments of a module of algorithms/: those of `common` that it has, and `changes`, which it must have."""
+    names = {field.name for field in dataclasses.fields(algorithm.Args)}
+    return algorithm.Args(**{name: value for name, value in common.items() if name in names} | changes)
+
+
+def tiny(algorithm: str) -> dict:
+    """The part of TINY that an algorithm has."""
+    return {name: value for name, value in TINY.items() if name in fields_of(algorithm)}
+
+
+def fields_of(algorithm: str) -> dict[str, str]:
+    """Each field of `Args` with the docstring under it, from the source."""
+    tree = ast.parse((SCRIPTS / f"{algorithm}.py").read_text())
+    (args,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    fields = {}
+    for field, text in zip(args.body, [*args.body[1:], None]):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(text, ast.Expr), f"{field.target.id} has no docstring"
+            fields[field.target.id] = ast.literal_eval(text.value)
+    return fields
+
+
+def flags_of(**args) -> list[str]:
+    return [part for name, value in args.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+def run_script(algorithm: str, *flags, cwd, **env) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPTS / f"{algorithm}.py"), *map(str, flags)]
+    env = os.environ | {"HOME": str(cwd), "COLUMNS": "300"} | env
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def returns_of(folder: Path) -> np.ndarray:
+    """(evaluations, seeds, episodes), from a run's eval.csv."""
+    rows = rows_of(folder / "eval.csv")
+    names = ("update", "seed", "episode")
+    table = {tuple(int(row[name]) for name in names): float(row["return"]) for row in rows}
+    shape = [len({key[i] for key in table}) for i in range(3)]
+    assert len(table) == len(rows) == np.prod(shape)
+    return np.reshape([table[key] for key in sorted(table)], shape)
+
+
+# --------------------------------------------------------------------------------------------------------- datasets
 
 
 def record(
     env: gymnasium.Env, dataset_id: str, episodes: int | Sequence[int], data_format="hdf5", seed=0, prepare=None
-):
+) -> minari.MinariDataset:
     """Writes a dataset of an environment that acts at random.
 
     `episodes` is their number, or the number of steps after which each is cut at the latest; `prepare(env, episode)`
     may alter the environment after a reset.
     """
-    if data_format == "arrow":
-        pytest.importorskip("pyarrow", reason="Minari reads Arrow datasets with pyarrow")
     rng = np.random.default_rng(seed)
     limits = [np.inf] * episodes if isinstance(episodes, int) else episodes
     recorded = []
@@ -47,6 +118,8 @@ def record(
 
 def write_dataset(dataset_id: str, env: gymnasium.Env, episodes: list[tuple], data_format="hdf5"):
     """Writes episodes, each (observations, actions, rewards, terminations, truncations): lists, one entry a step."""
+    if data_format == "arrow":
+        pytest.importorskip("pyarrow", reason="Minari reads Arrow datasets with pyarrow")
     stack = lambda steps: jax.tree.map(lambda *parts: np.stack(parts), *steps)
     buffers = [
         EpisodeBuffer(
@@ -80,16 +153,13 @@ def goal_here(env, episode: int) -> None:
 
 
 def by_hand(dataset_id: str, *keys: str) -> dict[str, np.ndarray]:
-    """The flat arrays, by Minari's own iteration."""
-    columns = {name: [] for name in Transitions._fields}
+    """The fields of `Dataset`, and the `ends` of episodes, by Minari's own iteration."""
+    columns = {name: [] for name in (*Dataset._fields, "ends")}
     for episode in minari.load_dataset(dataset_id).iterate_episodes():
         obs = episode.observations
         obs = np.concatenate([obs[key] for key in keys], axis=1) if keys else obs
-        columns["obs"].append(obs[:-1])
-        columns["next_obs"].append(obs[1:])
-        columns["action"].append(episode.actions)
-        columns["reward"].append(episode.rewards)
-        columns["terminal"].append(episode.terminations)
-        columns["episode_end"].append([len(episode.rewards)])
+        arrays = obs[:-1], episode.actions, episode.rewards, obs[1:], episode.terminations, [len(episode.rewards)]
+        for column, array in zip(columns.values(), arrays):
+            column.append(array)
     arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
-    return arrays | {"episode_end": np.cumsum(arrays["episode_end"])}
+    return arrays | {"ends": np.cumsum(arrays["ends"])}
