@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from common.harness import pointmaze
+
 ROOT = Path(__file__).parents[1]
 
 # An accidental (batch,) + (batch, 1) is an error here, not a (batch, batch) matrix.
@@ -53,8 +55,6 @@ def datasets(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def made_pointmaze(tmp_path_factory):
     """A folder of datasets that holds a small edp/pointmaze/umaze-v0."""
-    from common.harness import pointmaze  # imported above, it would escape the checks of shapes
-
     root = tmp_path_factory.mktemp("pointmaze")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(root))

@@ -1,8 +1,8 @@
 """What several tests share: small arguments, scripts run as people run them, files of a run, small real datasets."""
 
+import ast
 import csv
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -44,8 +44,19 @@ def make_args(algorithm, common: dict, **changes):
 
 def tiny(algorithm: str) -> dict:
     """The part of TINY that an algorithm has."""
-    names = {field.name for field in dataclasses.fields(importlib.import_module(f"algorithms.{algorithm}").Args)}
-    return {name: value for name, value in TINY.items() if name in names}
+    return {name: value for name, value in TINY.items() if name in fields_of(algorithm)}
+
+
+def fields_of(algorithm: str) -> dict[str, str]:
+    """Each field of `Args` with the docstring under it, from the source."""
+    tree = ast.parse((SCRIPTS / f"{algorithm}.py").read_text())
+    (args,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    fields = {}
+    for field, text in zip(args.body, [*args.body[1:], None]):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(text, ast.Expr), f"{field.target.id} has no docstring"
+            fields[field.target.id] = ast.literal_eval(text.value)
+    return fields
 
 
 def flags_of(**args) -> list[str]:

@@ -193,7 +193,7 @@ def _cached(source: Path, settings, read: Callable[[], tuple[Dataset, np.ndarray
     state = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     file = CACHE / "datasets" / f"{hashlib.sha256(json.dumps([state, settings, 3]).encode()).hexdigest()}.npz"
     try:
-        with np.load(file) as arrays:
+        with file.open("rb") as stream, np.load(stream) as arrays:  # of a name alone, NumPy forgets to close
             return Dataset(*(arrays[name] for name in Dataset._fields)), arrays["ends"]
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         pass  # no cache yet, or a damaged one
