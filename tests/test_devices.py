@@ -8,24 +8,27 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from algorithms import edp_iql
+from algorithms import iql
+from common import networks
 from common.harness import Dataset
 from common.harness.run import to_devices
 
 
 def train(num_seeds: int) -> tuple[np.ndarray, set[int], int]:
     """(metrics and actions of a few updates, devices that hold the state, seeds on each of them)."""
-    args = edp_iql.Args(
-        num_updates=3, learning_rate=3e-4, eta=1.0, expectile=0.7, batch_size=8, num_solver_calls=1, solver_order=1
-    )
+    args = iql.Args(num_updates=3, expectile=0.7, temperature=1.0, batch_size=8, num_eval_actions=2)
     rng = np.random.default_rng(0)
     dataset = Dataset(rng.normal(size=(50, 3)), rng.normal(size=(50, 2)), np.ones(50), np.ones((50, 3)), np.zeros(50))
     dataset = to_devices(jax.tree.map(jnp.float32, dataset))
     keys = to_devices(jax.random.split(jax.random.key(0), num_seeds), over_seeds=True)
-    state = jax.jit(jax.vmap(lambda key: edp_iql.init_state(key, 3, 2, args)))(keys)
-    state, metrics = edp_iql.train_chunk(state, 3, keys, dataset, args, 3)
-    actions = edp_iql.act(state, np.ones((num_seeds, 4, 3), np.float32), keys, 0, args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(networks, "NUM_HIDDEN", 1)  # compiles sooner
+        state = jax.jit(jax.vmap(lambda key: iql.init_state(key, 3, 2, args)))(keys)
+    act_keys = jax.vmap(lambda key: jax.random.split(key, 4))(keys)
+    state, metrics = iql.train_chunk(state, 3, keys, dataset, args, 3)
+    actions = iql.act(state, np.ones((num_seeds, 4, 3), np.float32), act_keys, 0, args)
     shards = state.value.mlp.layers[0].bias.addressable_shards
     numbers = np.concatenate([*(np.ravel(value) for value in metrics.values()), np.ravel(actions)])
     return numbers, {shard.device.id for shard in shards}, shards[0].data.shape[0]
