@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common.run
 import equinox as eqx
 import gymnasium
 import jax
@@ -18,15 +19,14 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
-from helpers import record_hopper
-
-import common.run
-from algorithms import bc, edp_td3bc, td3bc
-from algorithms.edp_td3bc import Args, train
 from common.data import DatasetInfo
 from common.evaluation import Episodes, Evaluator
 from common.run import Run, load_checkpoint
 from common.tasks import TASKS
+from helpers import record_hopper
+
+from algorithms import bc, edp_td3bc, td3bc
+from algorithms.edp_td3bc import Args, train
 
 SCRIPTS = Path(edp_td3bc.__file__).parent
 ALGORITHMS = ("edp_td3bc", "edp_crr", "edp_iql", "dql_baseline", "td3bc", "crr", "iql", "bc")

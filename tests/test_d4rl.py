@@ -12,24 +12,16 @@ from common.harness.datasets import resolve_task
 from common.harness.environments import make_env, make_gym_env
 from common.harness.tasks import TASKS, normalized_score
 
-LENGTH = 60
-GOAL = np.linspace(-1, 1, 30)
-
 
 def qlearning_dataset(file, max_steps):
-    """D4RL's rule, one sample after the other."""
-    use_timeouts = "timeouts" in file
+    """D4RL's rule, one sample after the other: (index, index of the next observation, terminal)."""
     rows, episode_step = [], 0
     for i in range(len(file["rewards"]) - 1):
+        final = bool(file["timeouts"][i]) if "timeouts" in file else episode_step == max_steps - 1
         done = bool(file["terminals"][i])
-        final = bool(file["timeouts"][i]) if use_timeouts else episode_step == max_steps - 1
-        if final:
-            episode_step = 0
-            continue
-        if done:
-            episode_step = 0
-        rows.append((i, i + 1, done))
-        episode_step += 1
+        if not final:
+            rows.append((i, i + 1, done))
+        episode_step = 0 if final else 1 if done else episode_step + 1
     return rows
 
 
@@ -42,23 +34,20 @@ def write(path, **arrays):
     return path
 
 
-def record(path, env, observe, max_steps, timeouts=True):
-    """LENGTH random steps of an environment in a D4RL file; `observe` makes its observation D4RL's."""
-    rng = np.random.default_rng(0)
+def record(path, env, observe=np.asarray, timeouts=True):
+    """60 random steps of an environment in a D4RL file; `observe` makes its observation D4RL's."""
+    rng, obs, step = np.random.default_rng(0), env.reset(seed=0)[0], 0
     columns = {name: [] for name in ("observations", "actions", "rewards", "terminals", "timeouts")}
-    obs, step = env.reset(seed=0)[0], 0
-    for _ in range(LENGTH):
+    for _ in range(60):
         action = rng.uniform(env.action_space.low, env.action_space.high).astype(np.float32)
         next_obs, reward, terminated, _, _ = env.step(action)
         step += 1
-        timeout = step == max_steps
-        for column, value in zip(columns.values(), (observe(obs), action, reward, terminated, timeout)):
+        for column, value in zip(columns.values(), (observe(obs), action, reward, terminated, step == 20)):
             column.append(value)
         obs = next_obs
-        if terminated or timeout:
+        if terminated or step == 20:
             obs, step = env.reset()[0], 0
-    arrays = {name: np.array(column) for name, column in columns.items() if timeouts or name != "timeouts"}
-    return write(path, **arrays)
+    return write(path, **{name: column for name, column in columns.items() if timeouts or name != "timeouts"})
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -103,36 +92,36 @@ def test_a_terminal_step_that_is_also_a_timeout_is_left_out(tmp_path):
 # ------------------------------------------------------------------------------------------- tasks and environments
 
 
-def locomotion(env_id, path):
-    return record(path, make_gym_env("Hopper-v4"), np.asarray, max_steps=20)
-
-
-def antmaze(env_id, path):
-    # 29 columns as D4RL's ant has them, in Gymnasium's maze
-    env = make_gym_env("AntMaze_UMaze-v5", include_cfrc_ext_in_observation=False, continuing_task=False)
-    return record(path, env, lambda obs: np.append(obs["achieved_goal"], obs["observation"]), max_steps=20)
-
-
-def pen(env_id, path):
-    return record(path, make_gym_env("AdroitHandPen-v1"), np.asarray, max_steps=20, timeouts=False)
-
-
-def kitchen(env_id, path):
-    with np.errstate(over="ignore"):  # the kitchen's own bounds
-        env = make_gym_env("FrankaKitchen-v1", tasks_to_complete=["microwave"])
-        return record(path, env, kitchen_observation, max_steps=20)
+def ant_observation(obs):  # 29 columns as D4RL's ant has them, in Gymnasium's maze
+    return np.append(obs["achieved_goal"], obs["observation"])
 
 
 def kitchen_observation(obs):
-    robot, objects = obs["observation"][:18], obs["observation"][18:]
-    return np.concatenate([robot[:9], objects[:21], GOAL])
+    return np.concatenate([obs["observation"][:9], obs["observation"][18:39], np.linspace(-1, 1, 30)])
+
+
+def record_hopper(path):
+    return record(path, make_gym_env("Hopper-v4"))
+
+
+def record_ant(path):
+    env = make_gym_env("AntMaze_UMaze-v5", include_cfrc_ext_in_observation=False, continuing_task=False)
+    return record(path, env, ant_observation)
+
+
+def record_pen(path):
+    return record(path, make_gym_env("AdroitHandPen-v1"), timeouts=False)
+
+
+def record_kitchen(path):
+    return record(path, make_gym_env("FrankaKitchen-v1", tasks_to_complete=["microwave"]), kitchen_observation)
 
 
 FILES = {  # env id: (recorder, environment of the evaluation, observation width, action width, its horizon)
-    "hopper-medium-replay": (locomotion, "Hopper-v4", 11, 3, 1000),
-    "antmaze-umaze-diverse": (antmaze, "AntMaze_UMaze-v5", 29, 8, 700),
-    "pen-cloned": (pen, "AdroitHandPen-v1", 45, 24, 100),
-    "kitchen-mixed": (kitchen, "FrankaKitchen-v1", 60, 9, 280),
+    "hopper-medium-replay": (record_hopper, "Hopper-v4", 11, 3, 1000),
+    "antmaze-umaze-diverse": (record_ant, "AntMaze_UMaze-v5", 29, 8, 700),
+    "pen-cloned": (record_pen, "AdroitHandPen-v1", 45, 24, 100),
+    "kitchen-mixed": (record_kitchen, "FrankaKitchen-v1", 60, 9, 280),
 }
 overflow = pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # the kitchen's own bounds
 
@@ -141,7 +130,7 @@ overflow = pytest.mark.filterwarnings("ignore:overflow encountered in cast:Runti
 @pytest.mark.parametrize("env_id", FILES)
 def test_a_file_of_each_domain_is_read_and_evaluated_in_the_environment_that_fits_it(env_id, tmp_path, capsys):
     recorder, gym_id, obs_dim, act_dim, horizon = FILES[env_id]
-    path = recorder(env_id, tmp_path / f"{env_id}.hdf5")
+    path = recorder(tmp_path / f"{env_id}.hdf5")
     task = resolve_task(env_id, None, str(path))
     dataset, behaviour = load_dataset(task, "none")
     assert (dataset.obs.shape[1], dataset.action.shape[1]) == (obs_dim, act_dim)
@@ -154,7 +143,7 @@ def test_a_file_of_each_domain_is_read_and_evaluated_in_the_environment_that_fit
 
 
 def test_a_policy_is_learned_from_a_file_and_scored(tmp_path, quick_compilation):
-    path = locomotion("hopper-medium-replay", tmp_path / "hopper.hdf5")
+    path = record_hopper(tmp_path / "hopper.hdf5")
     few = {"num_updates": 2, "eval_episodes": 1, "batch_size": 8, "run_dir": str(tmp_path / "run")}
     results = bc.train(bc.Args(env_id="hopper-medium-replay", dataset_path=str(path), **few))
     (row,) = rows_of(tmp_path / "run" / "eval.csv")
@@ -173,7 +162,7 @@ def test_antmaze_keeps_the_terminals_of_its_file(tmp_path):
 
 @overflow
 def test_the_kitchen_is_seen_as_in_its_file(tmp_path):
-    task = resolve_task("kitchen-mixed", None, str(kitchen("kitchen-mixed", tmp_path / "kitchen.hdf5")))
+    task = resolve_task("kitchen-mixed", None, str(record_kitchen(tmp_path / "kitchen.hdf5")))
     env = make_env(task.environment)
     obs, _ = env.reset(seed=0)
     raw = make_gym_env("FrankaKitchen-v1", tasks_to_complete=["microwave"]).reset(seed=0)[0]

@@ -7,10 +7,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from algorithms import edp_iql
 from common.data import Dataset
 from common.devices import replicate, split_seeds
+
+from algorithms import edp_iql
 
 
 def train(num_seeds: int) -> tuple[np.ndarray, set[int], int]:

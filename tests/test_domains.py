@@ -72,10 +72,10 @@ def recorded_lengths(env_id: str) -> dict[str, tuple[int, ...]]:
     kind, _, name = env_id.partition("-")
     if kind in ("antmaze", "pen", "kitchen"):
         return {f"D4RL/{kind}/{name}-v{1 if kind == 'antmaze' else 2}": (6, 8, 10)}
-    first = 5 if kind == "halfcheetah" else 1
+    first, ids = 5 if kind == "halfcheetah" else 1, f"mujoco/{kind}/{{}}-v0".format
     if name == "medium-expert":
-        return {f"mujoco/{kind}/medium-v0": (first, 9 - first), f"mujoco/{kind}/expert-v0": (first, 7, 8 - first)}
-    return {f"mujoco/{kind}/{name}-v0": (first, 8, 7, 9 - first)}
+        return {ids("medium"): (first, 9 - first), ids("expert"): (first, 7, 8 - first)}
+    return {ids(name): (first, 8, 7, 9 - first)}
 
 
 def recorder_of(env_id: str) -> gymnasium.Env:
