@@ -5,7 +5,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-import gymnasium
 import h5py
 import huggingface_hub
 import minari
@@ -18,7 +17,7 @@ from common.harness import Behaviour, Dataset
 from common.harness import datasets as harness
 from common.harness.datasets import behaviour_returns, load_dataset, read_minari, resolve_task, shape_reward
 from common.harness.environments import make_env, make_gym_env
-from common.harness.tasks import ENVIRONMENTS, TASKS
+from common.harness.tasks import ENVIRONMENTS, TASKS, normalized_score
 
 ARRAYS = "data/main_data.hdf5"
 
@@ -154,7 +153,8 @@ def test_what_an_episode_of_the_behaviour_is_worth(name, max_steps, rewards, hei
 
 def test_behaviour_is_scored_as_the_evaluation_environment_scores_the_same_actions(datasets):
     dataset = record(make_gym_env("AdroitHandPen-v1", max_episode_steps=120), "test/pen/random-v0", 3)
-    env, played = make_env(ENVIRONMENTS["AdroitHandPen"]), []
+    pen, played = ENVIRONMENTS["AdroitHandPen"], []
+    env = make_env(pen)
     for i, episode in enumerate(dataset.iterate_episodes()):
         env.reset(seed=i)
         total, t, done = 0.0, 0, False
@@ -164,8 +164,7 @@ def test_behaviour_is_scored_as_the_evaluation_environment_scores_the_same_actio
         assert len(episode) == 120
         played.append(total)
     loaded, behaviour = load(dataset.id)
-    low, high = ENVIRONMENTS["AdroitHandPen"].reference
-    np.testing.assert_allclose(behaviour.scores, 100 * (np.array(played) - low) / (high - low), rtol=1e-4)
+    np.testing.assert_allclose(behaviour.scores, normalized_score(pen, np.array(played)), rtol=1e-4)
     assert (loaded.next_obs[:, 26] < 0.075).any(), "the pen was dropped"
     assert not loaded.terminal.any(), "which ends no episode of Minari's data"
 
@@ -188,16 +187,6 @@ def test_reward_rules(rule, expected, constant, capsys):
     shaped = shape_reward(np.full(4, 2.0, np.float32), np.array([4.0, 4.0]), rule)
     np.testing.assert_array_equal(shaped, np.full(4, constant))
     assert "Warning" in capsys.readouterr().out
-
-
-def test_actions_of_any_box_are_scaled_to_one_and_clipped_below_it(datasets):
-    dataset = record(gymnasium.make("Pendulum-v1", max_episode_steps=10), "test/pendulum/random-v0", 2)
-    with h5py.File(datasets / dataset.id / ARRAYS, "r+") as file:
-        file["episode_0/actions"][:2] = [[2.0], [-2.0]]
-    loaded, _ = load(dataset.id)
-    np.testing.assert_allclose(loaded.action[2:], by_hand(dataset.id)["action"][2:] / 2, rtol=1e-6)
-    np.testing.assert_allclose(loaded.action[:2], [[0.999], [-0.999]], rtol=1e-6)
-    assert np.abs(loaded.action).max() == np.float32(0.999)
 
 
 @pytest.mark.parametrize("scores", [[1, 6, -9, 10, 5], [0, 1, 1, 1, 1]])

@@ -11,7 +11,7 @@ import pytest
 from common.harness import Evaluator, environments, pointmaze
 from common.harness.datasets import cell_centre
 from common.harness.environments import make_env, make_gym_env
-from common.harness.tasks import ENVIRONMENTS, OTHER, Environment
+from common.harness.tasks import ENVIRONMENTS
 
 HOPPER = ENVIRONMENTS["Hopper"]
 
@@ -83,21 +83,6 @@ def test_an_evaluation_is_a_function_of_seed_and_update_alone():
     alone = Evaluator(HOPPER, [5], 2)(wild_policy, 10)
     np.testing.assert_array_equal(alone.returns[0], first.returns[1, :2])
     np.testing.assert_array_equal(alone.lengths[0], first.lengths[1, :2])
-
-
-@pytest.mark.parametrize("gym_id", ["Pendulum-v1", "Pusher-v5"])
-def test_an_unknown_environment_is_played_as_registered_with_actions_scaled_to_its_box(gym_id):
-    plain = gymnasium.make(gym_id)
-    assert plain.action_space.high.max() == 2
-    (obs_dim,), (act_dim,) = plain.observation_space.shape, plain.action_space.shape
-    weights = 0.2 * np.random.default_rng(0).standard_normal((obs_dim, act_dim)).astype(np.float32)
-    act = lambda obs, step: np.tanh(obs @ weights + np.float32(np.sin(step)))
-    env = make_env(Environment(OTHER, plain.spec))
-    np.testing.assert_array_equal((env.action_space.low, env.action_space.high), ([-1] * act_dim, [1] * act_dim))
-    total, length = rollout(env, 3, act)
-    expected, expected_length = rollout(plain, 3, lambda obs, step: 2 * act(obs, step))
-    assert length == expected_length == plain.spec.max_episode_steps
-    assert total == pytest.approx(expected, rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------- protocols
