@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common.data import Dataset
+from common.run import TrainedRun, load_run, save_checkpoint
 from helpers import record_hopper
 
 from algorithms import bc, edp_td3bc
-from common.data import Dataset
-from common.run import TrainedRun, load_run, save_checkpoint
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "acting.py"
 spec = importlib.util.spec_from_file_location("acting", FILE)

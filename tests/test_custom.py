@@ -89,6 +89,8 @@ def test_data_and_evaluation_have_the_same_numbers_in_the_same_order(observation
         np.testing.assert_allclose(loaded.obs[start : start + length], seen[:-1], rtol=1e-6)
         np.testing.assert_allclose(loaded.next_obs[start : start + length], seen[1:], rtol=1e-6)
     assert len(np.unique(loaded.obs[0])) > 3, "equal numbers have no order"
+    raw = np.concatenate([episode.actions for episode in dataset.iterate_episodes()])
+    np.testing.assert_allclose(loaded.action, np.clip((raw - [0.5, 0.5]) / [2.5, 0.5], -0.999, 0.999), atol=1e-6)
     returns = Evaluator(environment, [0], 2)(lambda obs, step: np.full((1, 2, 2), 0.5, np.float32), 1).returns
     np.testing.assert_allclose(returns, LIMIT * (1.75 + 0.75), rtol=1e-5)  # of [-2, 3] and [0, 1]
 

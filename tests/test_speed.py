@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
-
 from common.data import Dataset
+from jax.experimental.compilation_cache import compilation_cache
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "speed.py"
 spec = importlib.util.spec_from_file_location("speed", FILE)

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from common.data import Dataset
+from common.run import load_checkpoint, save_checkpoint
 
 from algorithms import bc, crr, dql_baseline, edp_crr, edp_iql, edp_td3bc, iql, td3bc
-from common.data import Dataset
 from common.networks import twin_q
-from common.run import load_checkpoint, save_checkpoint
 
 OBS_DIM, ACT_DIM, SIZE, SEEDS = 3, 2, 300, (0, 1, 2)
 MAX_GRAD_NORM = 0.01  # every gradient here is larger
