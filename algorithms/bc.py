@@ -9,7 +9,7 @@
 Run:  python algorithms/bc.py --env-id pointmaze-umaze --num-seeds 2
       python algorithms/bc.py --env-id pointmaze-umaze --policy diffusion --top-fraction 0.1
 
-D20 paper: Table 3 holds EDP's learning rates; feed-forward policies learn at 3e-4 everywhere, as in their papers.
+D20 paper: no rate for feed-forward policies; here 3e-4 in every domain, as in TD3+BC's and IQL's own code.
 D25 paper: it does not say by what the best 10 % are chosen; here by the score under the evaluation protocol.
 All differences from the paper and from the official code are in docs/differences.md.
 """

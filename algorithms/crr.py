@@ -12,7 +12,7 @@ Run:  python algorithms/crr.py --env-id pointmaze-umaze --num-seeds 2
 
 D1  paper: Alg. 1 prints a' ~ pi_theta; here, as in the official code, a' comes from the target policy.
 D18 Samples of the Gaussian are clipped to [-1, 1], where the actions of the data lie.
-D20 paper: Table 3 holds EDP's learning rates; feed-forward policies learn at 3e-4 everywhere, as in their papers.
+D20 paper: no rate for feed-forward policies; here 3e-4 in every domain, as in TD3+BC's and IQL's own code.
 All differences from the paper and from the official code are in docs/differences.md.
 """
 

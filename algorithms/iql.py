@@ -13,7 +13,7 @@ Run:  python algorithms/iql.py --env-id pointmaze-umaze --num-seeds 2
 
 D13 paper: Eq. 22 prints L_2(Q) - V; here L_2(Q' - V), with target critics as in the official code and IQL's own.
 D18 Samples of the Gaussian are clipped to [-1, 1], where the actions of the data lie.
-D20 paper: Table 3 holds EDP's learning rates; feed-forward policies learn at 3e-4 everywhere, as in their papers.
+D20 paper: no rate for feed-forward policies; here 3e-4 in every domain, as in TD3+BC's and IQL's own code.
 All differences from the paper and from the official code are in docs/differences.md.
 """
 
