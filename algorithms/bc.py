@@ -27,7 +27,8 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from common.diffusion import Prediction, ScheduleName, corrupt, ddpm_sample, implied_noise, make_schedule
 from common.dpm_solver import dpm_solver_sample, solver_orders
-from common.harness import Behaviour, Dataset, Evaluator, NonNegative, Positive, Run, UnitInterval, load_dataset, setup
+from common.harness import Behaviour, Dataset, Evaluator, Preset, Run, load_dataset, setup
+from common.harness.flags import NonNegative, Positive, UnitInterval
 from common.networks import GaussianPolicy, NoisePredictor
 
 
@@ -44,6 +45,8 @@ class Args:
     """any Minari dataset, remote or local; its own environment then replaces --env-id"""
     dataset_path: str | None = None
     """an original D4RL file (HDF5) of the task, in place of Minari's data"""
+    preset: Preset | None = None
+    """paper; fast, for few updates: tau 0.2, layer norm, predicted actions, normalised observations; pointmaze: fast"""
     normalize_obs: bool = False
     """standardise observations by the dataset's mean and deviation"""
     seed: NonNegative[int] = 0

@@ -54,6 +54,7 @@ def test_the_harness_knows_no_algorithm_and_has_four_floors():
         "tasks": 1,
         "plots": 1,
         "records": 1,
+        "flags": 1,
         "environments": 2,
         "run": 2,
         "pointmaze": 3,

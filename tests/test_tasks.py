@@ -12,7 +12,7 @@ from helpers import ALGORITHMS, fields_of
 from algorithms import edp_td3bc
 from common.harness import NonNegative, Positive, UnitInterval, tasks
 from common.harness.environments import make_gym_env
-from common.harness.run import check_flags
+from common.harness.flags import check_flags
 from common.harness.tasks import TASKS, Domain, find_task, normalized_score, task_of_dataset, with_domain_defaults
 
 ROBOTS = ("halfcheetah", "hopper", "walker2d")
