@@ -15,7 +15,7 @@ D1  paper: Alg. 1 prints a' ~ pi_theta; here, as in the official code, a' comes 
 D2  paper: a-hat^0 is not clipped; here, as in the official code, it is, and no gradient passes an active clip.
 D10 paper: Eq. 13 lacks the 1/2 of a Gaussian's log-density, which the official code has.
 D12 paper: Eq. 12 divides by 1 - alpha_bar^{k-1}, 0 at k = 1; official code: by 1 - alpha_bar^k; here to mean 1.
-D27 Table 3's eta for adroit and kitchen is Diffusion-QL's; official code: 1. 0.005 leaves f's term 6 % of the loss.
+D27 official code: eta is 1 in every task; the kitchen's 0.005 (Table 3) leaves f's term a few percent of the loss.
 All differences from the paper and from the official code are in docs/differences.md.
 """
 

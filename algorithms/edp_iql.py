@@ -15,7 +15,7 @@ Run:  python algorithms/edp_iql.py --env-id pointmaze-umaze --num-seeds 2
 D2  paper: a-hat^0 is not clipped; here, as in the official code, it is, and no gradient passes an active clip.
 D10 paper: Eq. 13 lacks the 1/2 of a Gaussian's log-density, which the official code has.
 D13 paper: Eq. 22 prints L_2(Q) - V; here L_2(Q' - V), with target critics as in the official code and IQL's own.
-D27 Table 3's eta for adroit and kitchen is Diffusion-QL's; official code: 1. 0.005 leaves f's term 6 % of the loss.
+D27 official code: eta is 1 in every task; the kitchen's 0.005 (Table 3) leaves f's term a few percent of the loss.
 All differences from the paper and from the official code are in docs/differences.md.
 """
 
