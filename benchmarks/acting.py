@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-
 from common.data import Dataset, load_dataset, resolve_task
 from common.evaluation import Evaluator
 from common.run import TrainedRun, load_run, mean_and_deviation, seed_keys, setup

@@ -32,7 +32,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-
 from common.run import RAT_WINDOW, mean_and_deviation
 from common.tasks import TASKS
 

@@ -57,14 +57,14 @@ import minari
 import numpy as np
 import optax
 import tyro
-from minari.data_collector import EpisodeBuffer
-
-from common import networks
 from common.data import Dataset, DatasetInfo, load_dataset, resolve_task
 from common.environments import make_gym_env
 from common.evaluation import Evaluator
 from common.run import PACKAGES, git_commit, setup
 from common.tasks import ENVIRONMENTS, LOCOMOTION, with_domain_defaults
+from minari.data_collector import EpisodeBuffer
+
+from common import networks
 
 ROOT = Path(__file__).resolve().parents[1]
 OBS_DIM, ACT_DIM = 17, 6  # walker2d

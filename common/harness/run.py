@@ -170,6 +170,11 @@ class Run:
         """`num` independent keys for every seed, split over the devices."""
         return to_devices(seed_keys(self.seeds, num), over_seeds=True)
 
+    def episode_keys(self, keys: Key[Array, " seeds"], update: int) -> Key[Array, "seeds episodes"]:
+        """A key for every episode of the evaluation after an update."""
+        split = lambda key: jax.random.split(jax.random.fold_in(key, update), self.args.eval_episodes)
+        return jax.vmap(split)(keys)
+
     def log_metrics(self, update: int, metrics: dict[str, Float[Array, "updates seeds"]]) -> None:
         """Records a chunk's metrics by their means. Exits if one is not finite."""
         metrics = {name: np.asarray(value) for name, value in metrics.items()}

@@ -6,7 +6,6 @@ reference scores of D4RL), a *task* (an environment with its datasets, the unit 
     python -m common.harness.tasks    # prints the table
 """
 
-import contextlib
 import dataclasses
 import difflib
 import os
@@ -201,27 +200,21 @@ def normalized_score(environment: Environment, returns: np.ndarray) -> np.ndarra
     return 100 * (np.asarray(returns) - low) / (high - low)
 
 
-def describe_tasks() -> str:
-    """The table, for people: domains with their defaults, under each its tasks."""
-    lines, domain = [], None
-    for task in TASKS.values():
-        environment = task.environment
-        if environment.domain != domain:
-            domain = environment.domain
-            lines.append(
-                "\n{name}: learning rate {learning_rate:g}, eta {eta:g}, expectile {expectile:g}, temperature "
-                "{temperature:.3g} (iql.py), rewards {reward_rule} (IQL: {iql_reward_rule}), {num_updates:,} updates, "
-                "{eval_episodes} episodes every {eval_every:,}".format(**domain._asdict())
-            )
-        protocol = "{}, {} steps, score 0 at return {:.6g}, 100 at {:.6g}".format(
-            *environment[1:3], *environment.reference
-        )
-        lines.append(f"  {task.env_id:<27}{' + '.join(task.dataset_ids):<58}{protocol}")
-    return "\n".join(lines).lstrip()
+def main() -> None:
+    """Prints the table, for people: domains with their defaults, under each its tasks."""
+    shown = None
+    for env_id, environment, dataset_ids, _ in TASKS.values():
+        if environment.domain != shown:
+            shown = environment.domain
+            print("\n" + ", ".join(f"{name} {value}" for name, value in shown._asdict().items()))
+        low, high = environment.reference
+        protocol = f"{environment.gym_id}, {environment.max_steps} steps, score 0 at return {low:g}, 100 at {high:g}"
+        print(f"  {env_id:<27}{' + '.join(dataset_ids):<58}{protocol}")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):  # of `| head`
-        print(describe_tasks(), flush=True)
-        sys.exit()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    try:
+        main()
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
