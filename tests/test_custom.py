@@ -1,6 +1,7 @@
 """Anybody's Minari dataset, in its own environment: what can be learned, and what is refused with a sentence."""
 
 import json
+import re
 from collections import OrderedDict
 
 import gymnasium
@@ -147,17 +148,13 @@ def test_a_known_dict_observation_that_was_recorded_flat_exits(datasets, exit_se
     assert "achieved_goal, observation, desired_goal" in exit_sentence(load, dataset.id)
 
 
-@pytest.mark.parametrize(
-    ("entry_point", "named"),
-    [("nowhere.to_be_found:Env", "nowhere"), (f"{__name__}:Gone", "Gone"), (None, "Elsewhere")],
-)
-def test_an_environment_that_this_machine_does_not_have_exits_naming_it(entry_point, named, datasets, exit_sentence):
+@pytest.mark.parametrize("entry_point", ["nowhere.to_be_found:Env", f"{__name__}:Gone", None])
+def test_an_environment_that_this_machine_does_not_have_exits_naming_it(entry_point, datasets, exit_sentence):
     record_anything()
     spec = json.loads(make().spec.to_json()) | {"id": "Elsewhere-v0", "entry_point": entry_point}
     change_metadata("test/custom/random-v0", env_spec=json.dumps(spec))
-    sentence = exit_sentence(load)
-    for part in (named, "cannot be made here", "test/custom/random-v0"):
-        assert part in sentence
+    name = {"nowhere.to_be_found:Env": "nowhere", None: "Elsewhere"}.get(entry_point, "Gone")
+    assert re.search(f"Dataset test/custom/random-v0 .*cannot be made here .*{name}", exit_sentence(load))
 
 
 def test_an_environment_with_other_observations_than_the_data_exits(datasets, exit_sentence):

@@ -3,11 +3,13 @@
 import dataclasses
 import importlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
-from helpers import ALGORITHMS, fields_of
+from helpers import ALGORITHMS, SCRIPTS, fields_of
 
 from algorithms import edp_td3bc
 from common.harness import NonNegative, Positive, UnitInterval, tasks
@@ -101,12 +103,16 @@ def test_an_unknown_env_id_exits_naming_near_ones_and_the_way_to_all_and_to_othe
     assert "pointmaze-umaze" in exit_sentence(find_task, "@")  # near to nothing: the one that needs no download
 
 
-def test_the_printed_table_has_every_task_with_its_data_and_its_domain():
-    table = tasks.describe_tasks()
+def test_the_printed_table_has_every_task_with_its_data_and_every_domain_with_its_defaults(capsys):
+    tasks.main()
+    table = capsys.readouterr().out
     for env_id, task in TASKS.items():
         (line,) = re.findall(rf"^ +{env_id} .*$", table, re.MULTILINE)
-        assert all(part in line for part in (*task.dataset_ids, task.environment.gym_id))
-    assert re.search(r"^adroit: learning rate 3e-05, eta 0.1, .* 1,000,000 updates", table, re.MULTILINE)
+        assert f" {' + '.join(task.dataset_ids)} " in line
+        assert f" {task.environment.gym_id}, {task.environment.max_steps} steps" in line
+    assert "name adroit, learning_rate 3e-05, eta 0.1, num_updates 1000000" in table
+    command = f"{sys.executable} -m common.harness.tasks | head -n 1"
+    assert subprocess.run(command, shell=True, cwd=SCRIPTS.parent, capture_output=True, text=True).stderr == ""
 
 
 # ------------------------------------------------------------------------------------------------- other datasets

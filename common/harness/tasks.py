@@ -220,7 +220,7 @@ def main() -> None:
             print("\n" + ", ".join(f"{name} {value}" for name, value in shown._asdict().items()))
         low, high = environment.reference
         protocol = f"{environment.gym_id}, {environment.max_steps} steps, score 0 at return {low:g}, 100 at {high:g}"
-        print(f"  {env_id:<27}{' + '.join(dataset_ids):<58}{protocol}")
+        print(f"  {env_id:<27}{' + '.join(dataset_ids):<61}{protocol}")
     sys.stdout.flush()
 
 
