@@ -114,8 +114,8 @@ def spread(run: Trained, dataset: Dataset, num_states: int = 256, num_samples: i
     index = np.random.default_rng(0).integers(0, len(dataset.reward), num_states)
     obs = np.repeat(dataset.obs[index], num_samples, axis=0)
     (keys,) = seed_keys(run.seeds, 1)
-    sample = run.act(np.broadcast_to(obs, (len(run.seeds), *obs.shape)), keys, 0, args)
-    sample = np.reshape(sample, (len(run.seeds), num_states, num_samples, -1))
+    sample = np.asarray(run.act(np.broadcast_to(obs, (len(run.seeds), *obs.shape)), keys, 0, args))
+    sample = sample.reshape(len(run.seeds), num_states, num_samples, -1)
     mean = sample.mean(axis=2)
     variance = np.mean((sample - mean[:, :, None]) ** 2) * num_samples / (num_samples - 1)
     data_variance = np.mean((dataset.action[index] - mean) ** 2) - variance / num_samples

@@ -25,6 +25,7 @@ DIFFUSION = {"num_diffusion_steps": 21, "num_solver_calls": 3, "num_eval_actions
 def trained(tmp_path_factory):
     """A folder of two runs on Hopper, whose every action shows in the return: EDP + TD3+BC and cloning."""
     folder = tmp_path_factory.mktemp("runs")
+    jax.config.update("jax_disable_most_optimizations", True)  # here and in all tests: what is compared is made alike
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # MuJoCo writes its warnings into the working directory
         patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
@@ -33,7 +34,8 @@ def trained(tmp_path_factory):
         edp = edp_td3bc.Args(**TINY, **DIFFUSION, batch_size=8, run_dir=str(folder / "edp"), normalize_obs=True)
         edp_td3bc.train(edp)
         bc.train(bc.Args(**TINY, batch_size=8, run_dir=str(folder / "bc"), top_fraction=0.5))
-    return folder
+    yield folder
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
