@@ -12,22 +12,15 @@
 
 Run:  python algorithms/edp_iql.py --env-id pointmaze-umaze --num-seeds 2
 
-Differences from the paper (P) and from the authors' code (C):
-D2  P: approximated actions are clipped to [-1, 1], as in C, without gradient where the clip is active.
-D3  P: the variance of DDPM is the posterior's, as in C; Eq. 4 has beta^k.
-D4  C truncates the solver's fractional step to clip its samples; here time is exact, and the last action clipped too.
-D6  C sets the gradient-norm clip for each task, 1 to 10; here Table 3's 5.
-D7  C starts from LeCun-normal weights and zero biases; here both are uniform in +-1/sqrt(fan_in), as in PyTorch.
-D8  C defaults to K = 100 with DDPM, N = 50, one learning rate and guidance for all; here Table 3, N = 10.
-D10 P: Eq. 13 lacks the 1/2 of a Gaussian's log-density, which C has.
-D13 P: V and the weight use the target critics, as in C and IQL's own code; Eq. 22 writes Q.
-D14 P: Eq. 22 prints L_2(Q) - V for L_2(Q - V).
-D15 C multiplies the advantage by 3: --temperature 0.3333.
+D2  paper: a-hat^0 is not clipped; here, as in the official code, it is, and no gradient passes an active clip.
+D10 paper: Eq. 13 lacks the 1/2 of a Gaussian's log-density, which the official code has.
+D13 paper: Eq. 22 prints L_2(Q) - V; here L_2(Q' - V), with target critics as in the official code and IQL's own.
+D27 Table 3's eta for adroit and kitchen is Diffusion-QL's; official code: 1. 0.005 leaves f's term 6 % of the loss.
+All differences from the paper and from the official code are in docs/differences.md.
 """
 
 # ------------------------------------------------------------------------------------------------------ imports
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -36,9 +29,10 @@ import optax
 import tyro
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from common.diffusion import ScheduleName, corrupt, ddpm_sample, make_schedule
-from common.dpm_solver import dpm_solver_sample
-from common.harness import Dataset, Evaluator, NonNegative, Positive, RewardRule, Run, UnitInterval, load_dataset, setup
+from common.diffusion import Prediction, ScheduleName, corrupt, ddpm_sample, implied_noise, make_schedule
+from common.dpm_solver import dpm_solver_sample, solver_orders
+from common.harness import Dataset, Evaluator, Preset, RewardRule, Run, load_dataset, setup
+from common.harness.flags import NonNegative, Positive, UnitInterval
 from common.networks import Critic, NoisePredictor, Value, init_twin_critics, twin_q
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -48,7 +42,7 @@ MAX_WEIGHT = 100.0  # IQL's and the official code
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Args:
-    """Flags without a default take that of their domain (Table 3); all are shown at the start of the run."""
+    """Flags whose default is None take the value that their text names; all are shown at the start of the run."""
 
     # Experiment
     env_id: str = "pointmaze-umaze"
@@ -58,7 +52,9 @@ class Args:
     dataset_path: str | None = None
     """an original D4RL file (HDF5) of the task, in place of Minari's data"""
     reward_rule: RewardRule | None = None
-    """how the dataset's rewards are shaped before learning"""
+    """shape of the rewards: locomotion none (IQL iql_locomotion), mazes cql_antmaze (iql_antmaze), else normalize"""
+    preset: Preset | None = None
+    """paper; fast, for few updates: tau 0.2, layer norm, predicted actions, normalised observations; pointmaze: fast"""
     normalize_obs: bool = False
     """standardise observations by the dataset's mean and deviation"""
     seed: NonNegative[int] = 0
@@ -72,9 +68,9 @@ class Args:
 
     # Evaluation
     eval_every: Positive[int] | None = None
-    """updates between evaluations"""
+    """updates between evaluations: 10,000; in pointmaze 2,000"""
     eval_episodes: Positive[int] | None = None
-    """episodes of each evaluation, for each seed"""
+    """episodes of each evaluation, for each seed: 10; in mazes 100"""
     num_eval_actions: Positive[int] = 10
     """N of energy-based action selection (Alg. 2); 1 is plain sampling"""
     policy_temperature: NonNegative[float] = 1.0
@@ -84,11 +80,11 @@ class Args:
 
     # Optimisation
     num_updates: Positive[int] | None = None
-    """gradient updates; 1000 are an epoch of the paper"""
+    """gradient updates: 2,000,000 in locomotion, 1,000,000 in antmaze, adroit, kitchen, 10,000 in pointmaze"""
     batch_size: Positive[int] = 256
     """transitions of an update"""
     learning_rate: Positive[float] | None = None
-    """Adam's, for all networks (Table 3)"""
+    """Adam's, for all networks: 3e-4; in adroit 3e-5 (Table 3)"""
     lr_decay: bool = False
     """cosine decay of the policy's learning rate to 0"""
     max_grad_norm: Positive[float] = 5.0
@@ -97,12 +93,16 @@ class Args:
     """discount"""
     tau: UnitInterval[float] = 0.005
     """Polyak rate of the targets"""
+    critic_layer_norm: bool = False
+    """layer normalisation in the value networks, as RLPD (Ball et al. 2023) and ReBRAC (Tarasov et al. 2023) advise"""
 
     # Diffusion
     num_diffusion_steps: Positive[int] = 1000
     """K"""
     beta_schedule: ScheduleName = "linear"
     """noise schedule; "vp" for few steps"""
+    prediction: Prediction = "noise"
+    """what the network predicts: the noise in a^k, as the paper, or the clean action a^0"""
     sampler: Literal["dpm", "ddpm"] = "dpm"
     """DPM-Solver, or all K steps of DDPM"""
     num_solver_calls: Positive[int] = 15
@@ -112,11 +112,15 @@ class Args:
 
     # Algorithm
     eta: NonNegative[float] | None = None
-    """weight of the guidance loss (lambda of Alg. 1, "loss weight" of Table 3)"""
+    """weight of the guidance loss (lambda of Alg. 1): 1; in adroit 0.1, in the kitchen 0.005 (Table 3)"""
     expectile: UnitInterval[float] | None = None
-    """tau of Eq. 22"""
+    """tau of Eq. 22: 0.7; in mazes 0.9"""
     temperature: Positive[float] = 1.0
     """divides the advantage in the weight (beta of Eq. 20)"""
+
+    def __post_init__(self):  # an impossible diffusion raises ValueError
+        make_schedule(self.beta_schedule, self.num_diffusion_steps)
+        solver_orders(self.num_solver_calls, self.solver_order)
 
 
 # ------------------------------------------------------------------------------------------------------- state
@@ -141,20 +145,20 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
     policy_key, critics_key, value_key = jax.random.split(key, 3)
     policy_optimizer, optimizer = make_optimizers(args)
     policy = NoisePredictor(obs_dim, act_dim, policy_key)
-    critics = init_twin_critics(obs_dim, act_dim, critics_key)
+    critics = init_twin_critics(obs_dim, act_dim, critics_key, args.critic_layer_norm)
     policy_opt, critics_opt = policy_optimizer.init(policy), optimizer.init(critics)
     target_critics = jax.tree.map(jnp.copy, critics)  # a copy: donated buffers must differ
-    value = Value(obs_dim, value_key)
+    value = Value(obs_dim, value_key, args.critic_layer_norm)
     value_opt = optimizer.init(value)
     return TrainState(policy, policy_opt, critics, critics_opt, target_critics, value, value_opt)
 
 
 # --------------------------------------------------------------------------------------------- diffusion policy
-class Corruption(NamedTuple):  # one draw for a batch, and the policy's prediction of its noise
+class Corruption(NamedTuple):  # one draw for a batch, and the policy's prediction of its noise or of a^0
     k: Int[Array, " batch"]
     noise: Float[Array, "batch act_dim"]
     noisy_action: Float[Array, "batch act_dim"]
-    predicted_noise: Float[Array, "batch act_dim"]
+    prediction: Float[Array, "batch act_dim"]
 
 
 def diffusion_loss(
@@ -166,16 +170,19 @@ def diffusion_loss(
     k = jax.random.randint(k_key, batch.reward.shape, 0, args.num_diffusion_steps)
     noise = jax.random.normal(noise_key, batch.action.shape)
     noisy_action = corrupt(schedule, batch.action, k, noise)
-    predicted_noise = jax.vmap(policy)(batch.obs, noisy_action, k)
-    return jnp.mean((noise - predicted_noise) ** 2), Corruption(k, noise, noisy_action, predicted_noise)
+    prediction = jax.vmap(policy)(batch.obs, noisy_action, k)
+    truth = noise if args.prediction == "noise" else batch.action
+    return jnp.mean((truth - prediction) ** 2), Corruption(k, noise, noisy_action, prediction)
 
 
 def approximate_action(corruption: Corruption, args: Args) -> Float[Array, "batch act_dim"]:
     """Eq. 9: a-hat^0 = (a^k - sqrt(1 - alpha_bar^k) eps_theta) / sqrt(alpha_bar^k), clipped (D2)."""
+    if args.prediction == "action":  # a-hat^0 is what the network gives
+        return jnp.clip(corruption.prediction, -1, 1)
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
     signal = jnp.asarray(schedule.sqrt_alpha_bar)[corruption.k, None]
     sigma = jnp.asarray(schedule.sqrt_one_minus_alpha_bar)[corruption.k, None]
-    return jnp.clip((corruption.noisy_action - sigma * corruption.predicted_noise) / signal, -1, 1)
+    return jnp.clip((corruption.noisy_action - sigma * corruption.prediction) / signal, -1, 1)
 
 
 def sample_action(
@@ -187,7 +194,7 @@ def sample_action(
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
     noise = noise_scale * jax.random.normal(init_key, (len(obs), policy.act_dim))
     predict = jax.jit(jax.vmap(policy, in_axes=(0, 0, None)))  # traced once for all calls
-    noise_fn = lambda noisy_action, k: temperature * predict(obs, noisy_action, k)
+    noise_fn = lambda a_k, k: temperature * implied_noise(args.prediction, schedule, a_k, k, predict(obs, a_k, k))
     if args.sampler == "ddpm":
         return ddpm_sample(noise_fn, schedule, noise, chain_key, clip=True)
     return dpm_solver_sample(noise_fn, schedule, noise, args.num_solver_calls, args.solver_order, clip=True)
@@ -195,7 +202,7 @@ def sample_action(
 
 # ------------------------------------------------------------------------------------------------------- losses
 def value_loss(value: Value, target_critics: Critic, batch: Dataset, args: Args) -> tuple[Float[Array, ""], dict]:
-    """Eq. 22: mean |expectile - 1(u < 0)| u^2 with u = min_i Q'_i(s, a) - V(s) (D13, D14)."""
+    """Eq. 22: mean |expectile - 1(u < 0)| u^2 with u = min_i Q'_i(s, a) - V(s) (D13)."""
     v = jax.vmap(value)(batch.obs)
     error = twin_q(target_critics, batch.obs, batch.action).min(axis=0) - v
     loss = jnp.mean(jnp.where(error < 0, 1 - args.expectile, args.expectile) * error**2)
@@ -223,7 +230,7 @@ def advantage_weight(value: Value, target_critics: Critic, batch: Dataset, args:
 def policy_loss(
     policy: NoisePredictor, weight: Float[Array, " batch"], batch: Dataset, key: PRNGKeyArray, args: Args
 ) -> tuple[Float[Array, ""], dict]:
-    """Eq. 13 and 20: L_diff + eta mean f(s, a) |a - a-hat^0|^2 / 2 (D10)."""
+    """Eq. 13 and 20: L_diff + eta mean f(s, a) |a - a-hat^0|^2 / 2 (D10, D27)."""
     diffusion, corruption = diffusion_loss(policy, batch, key, args)
     action = approximate_action(corruption, args)
     weight = jax.lax.stop_gradient(weight)
@@ -234,10 +241,8 @@ def policy_loss(
 
 
 # ----------------------------------------------------------------------------------------------------- training
-def train_step(
-    state: TrainState, update: Int[Array, ""], key: PRNGKeyArray, dataset: Dataset, args: Args
-) -> tuple[TrainState, dict]:
-    """Update number `update` (1, 2, ...) of one seed: Alg. 1."""
+def train_step(state: TrainState, update: Int[Array, ""], key: PRNGKeyArray, dataset: Dataset, args: Args):
+    """(state, metrics) after update number `update` (1, 2, ...) of one seed: Alg. 1."""
     batch_key, policy_key = jax.random.split(jax.random.fold_in(key, update))
     policy_optimizer, optimizer = make_optimizers(args)
 
@@ -269,36 +274,28 @@ def train_step(
     return state, value_metrics | critic_metrics | policy_metrics
 
 
-@partial(jax.jit, static_argnames="num_updates", donate_argnames="state")
-def train_chunk(
-    state: TrainState, last: Int[Array, ""], keys: Key[Array, " seeds"], dataset: Dataset, args: Args, num_updates: int
-) -> tuple[TrainState, dict]:
-    """The `num_updates` updates of all seeds that end with number `last`; metrics are (num_updates, seeds)."""
+@jax.jit(static_argnames="num", donate_argnames="state")
+def train_chunk(state: TrainState, last: Array, keys: Key[Array, " seeds"], dataset: Dataset, args: Args, num: int):
+    """(state, metrics of each update) after the `num` updates of all seeds that end with number `last`."""
     train_all_seeds = jax.vmap(train_step, in_axes=(0, None, 0, None, None))
-    updates = last - num_updates + 1 + jnp.arange(num_updates)
+    updates = last - num + 1 + jnp.arange(num)
     return jax.lax.scan(lambda state, update: train_all_seeds(state, update, keys, dataset, args), state, updates)
 
 
 # ------------------------------------------------------------------------------------------------------- acting
 def select_action(
-    state: TrainState, obs: Float[Array, " obs_dim"], key: PRNGKeyArray, args: Args
+    state: TrainState, obs: Float[Array, " obs_dim"], key: PRNGKeyArray, step: Int[Array, ""], args: Args
 ) -> Float[Array, " act_dim"]:
-    """Alg. 2: one of N actions of the policy, drawn with probability ~ exp(min_i Q_i(s, a))."""
-    sample_key, choice_key = jax.random.split(key)
+    """Alg. 2, at a step of an episode: one of N actions of the policy, with probability ~ exp(min_i Q_i(s, a))."""
+    sample_key, choice_key = jax.random.split(jax.random.fold_in(key, step))
     candidate_obs = jnp.tile(obs, (args.num_eval_actions, 1))
     action = sample_action(state.policy, candidate_obs, sample_key, args, acting=True)
     q = twin_q(state.critics, candidate_obs, action).min(axis=0)
     return action[jax.random.categorical(choice_key, q)]
 
 
-@jax.jit
-def act(
-    state: TrainState, obs: Float[Array, "seeds batch obs_dim"], keys: Key[Array, " seeds"], step: Array, args: Args
-) -> Float[Array, "seeds batch act_dim"]:
-    """`select_action` for a batch of observations of every seed; each step draws other random numbers."""
-    keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, step), obs.shape[1]))(keys)
-    select_batch = jax.vmap(select_action, in_axes=(None, 0, 0, None))
-    return jax.vmap(select_batch, in_axes=(0, 0, 0, None))(state, obs, keys, args)
+# of every seed, for a batch of observations: (seeds, batch, obs_dim) and keys (seeds, batch) to (seeds, batch, act_dim)
+act = jax.jit(jax.vmap(jax.vmap(select_action, (None, 0, 0, None, None)), (0, 0, 0, None, None)))
 
 
 # --------------------------------------------------------------------------------------------------------- main
@@ -318,7 +315,7 @@ def train(args: Args) -> dict:
             state, metrics = train_chunk(state, update, train_keys, dataset, args, run.chunk)
             run.log_metrics(update, metrics)
             if update % args.eval_every == 0:
-                keys = jax.vmap(jax.random.fold_in, (0, None))(act_keys, update)
+                keys = run.episode_keys(act_keys, update)
                 policy = lambda obs, step: act(state, (obs - mean) / std, keys, step, args)
                 run.log_evaluation(update, evaluate(policy, update), state)
         return run.finish()

@@ -11,20 +11,14 @@
 Run:  python algorithms/td3bc.py --env-id pointmaze-umaze --num-seeds 2
 Table 6 of the paper: --num-eval-actions 10 is "TD3+EAS".
 
-Differences from the EDP paper (P), from its authors' code (C) and from TD3+BC's paper (O); equations are P's:
-D1  P: a' comes from the target policy, as in C; Alg. 1 prints pi_theta.
-D5  C updates the policy by the critics from before their update; here by the new ones, as Alg. 1.
-D6  C sets the gradient-norm clip for each task, 1 to 10; here Table 3's 5.
-D7  C starts from LeCun-normal weights and zero biases; here both are uniform in +-1/sqrt(fan_in), as in PyTorch.
-D17 O has other networks and hyperparameters; what is not noted here is EDP's, so that the policy alone differs.
-D20 O's learning rate, 3e-4, serves every domain; Table 3 is EDP's.
-D23 O standardises observations: --normalize-obs.
-D24 P does not say between which actions EAS chooses if the policy is deterministic; here clip(pi(s) + 0.2 N(0, I)).
+D1  paper: Alg. 1 prints a' ~ pi_theta; here, as in the official code, a' comes from the target policy.
+D20 paper: no rate for feed-forward policies; here 3e-4 in every domain, as in TD3+BC's and IQL's own code.
+D24 paper: EAS is not defined for a deterministic policy; here it chooses between clip(pi(s) + 0.2 N(0, I)).
+All differences from the paper and from the official code are in docs/differences.md.
 """
 
 # ------------------------------------------------------------------------------------------------------ imports
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -33,7 +27,8 @@ import optax
 import tyro
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from common.harness import Dataset, Evaluator, NonNegative, Positive, RewardRule, Run, UnitInterval, load_dataset, setup
+from common.harness import Dataset, Evaluator, Preset, RewardRule, Run, load_dataset, setup
+from common.harness.flags import NonNegative, Positive, UnitInterval
 from common.networks import Critic, TanhPolicy, init_twin_critics, twin_q
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -43,7 +38,7 @@ NUM_BACKUP_ACTIONS = 10  # of --max-q-backup, as in Diffusion-QL's code
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Args:
-    """Flags without a default take that of their domain (Table 3); all are shown at the start of the run."""
+    """Flags whose default is None take the value that their text names; all are shown at the start of the run."""
 
     # Experiment
     env_id: str = "pointmaze-umaze"
@@ -53,7 +48,9 @@ class Args:
     dataset_path: str | None = None
     """an original D4RL file (HDF5) of the task, in place of Minari's data"""
     reward_rule: RewardRule | None = None
-    """how the dataset's rewards are shaped before learning"""
+    """shape of the rewards: locomotion none (IQL iql_locomotion), mazes cql_antmaze (iql_antmaze), else normalize"""
+    preset: Preset | None = None
+    """paper; fast, for few updates: tau 0.2, layer norm, predicted actions, normalised observations; pointmaze: fast"""
     normalize_obs: bool = False
     """standardise observations by the dataset's mean and deviation"""
     seed: NonNegative[int] = 0
@@ -67,9 +64,9 @@ class Args:
 
     # Evaluation
     eval_every: Positive[int] | None = None
-    """updates between evaluations"""
+    """updates between evaluations: 10,000; in pointmaze 2,000"""
     eval_episodes: Positive[int] | None = None
-    """episodes of each evaluation, for each seed"""
+    """episodes of each evaluation, for each seed: 10; in mazes 100"""
     num_eval_actions: Positive[int] = 1
     """N of energy-based action selection (Alg. 2); 1 is the policy's own action"""
     eval_noise: NonNegative[float] = 0.2
@@ -77,7 +74,7 @@ class Args:
 
     # Optimisation
     num_updates: Positive[int] | None = None
-    """gradient updates; 1000 are an epoch of the paper"""
+    """gradient updates: 2,000,000 in locomotion, 1,000,000 in antmaze, adroit, kitchen, 10,000 in pointmaze"""
     batch_size: Positive[int] = 256
     """transitions of an update"""
     learning_rate: Positive[float] = 3e-4
@@ -90,12 +87,14 @@ class Args:
     """discount"""
     tau: UnitInterval[float] = 0.005
     """Polyak rate of the targets"""
+    critic_layer_norm: bool = False
+    """layer normalisation in the value networks, as RLPD (Ball et al. 2023) and ReBRAC (Tarasov et al. 2023) advise"""
 
     # Algorithm
     max_q_backup: bool = False
     """back up the best of 10 next actions, as Diffusion-QL in antmaze"""
     alpha: NonNegative[float] = 2.5
-    """weight of the guidance loss"""
+    """weight of the guidance loss (lambda of Alg. 1): 1; in adroit 0.1, in the kitchen 0.005 (Table 3)"""
     policy_every: Positive[int] = 2
     """updates of the critics for each of the policy and the targets"""
     policy_noise: NonNegative[float] = 0.2
@@ -125,10 +124,9 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
     policy_key, critics_key = jax.random.split(key)
     policy_optimizer, optimizer = make_optimizers(args)
     policy = TanhPolicy(obs_dim, act_dim, policy_key)
-    critics = init_twin_critics(obs_dim, act_dim, critics_key)
+    critics = init_twin_critics(obs_dim, act_dim, critics_key, args.critic_layer_norm)
     policy_opt, critics_opt = policy_optimizer.init(policy), optimizer.init(critics)
-    target_critics = jax.tree.map(jnp.copy, critics)  # a copy: donated buffers must differ
-    target_policy = jax.tree.map(jnp.copy, policy)
+    target_critics, target_policy = jax.tree.map(jnp.copy, (critics, policy))  # copies: donated buffers must differ
     return TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
 
 
@@ -173,10 +171,8 @@ def policy_loss(policy: TanhPolicy, critics: Critic, batch: Dataset, args: Args)
 
 
 # ----------------------------------------------------------------------------------------------------- training
-def train_step(
-    state: TrainState, update: Int[Array, ""], key: PRNGKeyArray, dataset: Dataset, args: Args
-) -> tuple[TrainState, dict]:
-    """Update number `update` (1, 2, ...) of one seed: Alg. 1."""
+def train_step(state: TrainState, update: Int[Array, ""], key: PRNGKeyArray, dataset: Dataset, args: Args):
+    """(state, metrics) after update number `update` (1, 2, ...) of one seed: Alg. 1."""
     batch_key, target_key = jax.random.split(jax.random.fold_in(key, update))
     policy_optimizer, optimizer = make_optimizers(args)
 
@@ -211,22 +207,20 @@ def train_step(
     return state, critic_metrics | policy_metrics
 
 
-@partial(jax.jit, static_argnames="num_updates", donate_argnames="state")
-def train_chunk(
-    state: TrainState, last: Int[Array, ""], keys: Key[Array, " seeds"], dataset: Dataset, args: Args, num_updates: int
-) -> tuple[TrainState, dict]:
-    """The `num_updates` updates of all seeds that end with number `last`; metrics are (num_updates, seeds)."""
+@jax.jit(static_argnames="num", donate_argnames="state")
+def train_chunk(state: TrainState, last: Array, keys: Key[Array, " seeds"], dataset: Dataset, args: Args, num: int):
+    """(state, metrics of each update) after the `num` updates of all seeds that end with number `last`."""
     train_all_seeds = jax.vmap(train_step, in_axes=(0, None, 0, None, None))
-    updates = last - num_updates + 1 + jnp.arange(num_updates)
+    updates = last - num + 1 + jnp.arange(num)
     return jax.lax.scan(lambda state, update: train_all_seeds(state, update, keys, dataset, args), state, updates)
 
 
 # ------------------------------------------------------------------------------------------------------- acting
 def select_action(
-    state: TrainState, obs: Float[Array, " obs_dim"], key: PRNGKeyArray, args: Args
+    state: TrainState, obs: Float[Array, " obs_dim"], key: PRNGKeyArray, step: Int[Array, ""], args: Args
 ) -> Float[Array, " act_dim"]:
-    """Alg. 2: one of N actions of the policy, drawn with probability ~ exp(min_i Q_i(s, a))."""
-    sample_key, choice_key = jax.random.split(key)
+    """Alg. 2, at a step of an episode: one of N actions of the policy, with probability ~ exp(min_i Q_i(s, a))."""
+    sample_key, choice_key = jax.random.split(jax.random.fold_in(key, step))
     candidate_obs = jnp.tile(obs, (args.num_eval_actions, 1))
     std = 0.0 if args.num_eval_actions == 1 else args.eval_noise
     action = sample_action(state.policy, candidate_obs, sample_key, std)
@@ -234,14 +228,8 @@ def select_action(
     return action[jax.random.categorical(choice_key, q)]
 
 
-@jax.jit
-def act(
-    state: TrainState, obs: Float[Array, "seeds batch obs_dim"], keys: Key[Array, " seeds"], step: Array, args: Args
-) -> Float[Array, "seeds batch act_dim"]:
-    """`select_action` for a batch of observations of every seed; each step draws other random numbers."""
-    keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, step), obs.shape[1]))(keys)
-    select_batch = jax.vmap(select_action, in_axes=(None, 0, 0, None))
-    return jax.vmap(select_batch, in_axes=(0, 0, 0, None))(state, obs, keys, args)
+# of every seed, for a batch of observations: (seeds, batch, obs_dim) and keys (seeds, batch) to (seeds, batch, act_dim)
+act = jax.jit(jax.vmap(jax.vmap(select_action, (None, 0, 0, None, None)), (0, 0, 0, None, None)))
 
 
 # --------------------------------------------------------------------------------------------------------- main
@@ -261,7 +249,7 @@ def train(args: Args) -> dict:
             state, metrics = train_chunk(state, update, train_keys, dataset, args, run.chunk)
             run.log_metrics(update, metrics)
             if update % args.eval_every == 0:
-                keys = jax.vmap(jax.random.fold_in, (0, None))(act_keys, update)
+                keys = run.episode_keys(act_keys, update)
                 policy = lambda obs, step: act(state, (obs - mean) / std, keys, step, args)
                 run.log_evaluation(update, evaluate(policy, update), state)
         return run.finish()

@@ -68,7 +68,7 @@ class Trained(NamedTuple):
         return list(range(self.args.seed, self.args.seed + self.args.num_seeds))
 
     def act(self, obs, keys, step, args):
-        """Actions in [-1, 1] for observations (seeds, batch, obs_dim) as the environment gives them."""
+        """Actions in [-1, 1] for observations (seeds, batch, obs_dim) as the environment gives them, keys for each."""
         mean, std = np.float32(self.header["normalization"]) if self.args.normalize_obs else (0, 1)
         return self.module.act(self.state, (obs - mean) / std, keys, step, args)
 
@@ -102,7 +102,10 @@ def variants(run: Trained, args: Args) -> list:
             raise SystemExit(f"{run.header['algorithm']} has no --{name.replace('_', '-')}.")
     base = dataclasses.replace(run.args, run_dir=None, eval_episodes=args.episodes or run.args.eval_episodes)
     combinations = [dict(zip(given, values)) for values in itertools.product(*given.values())]
-    return [dataclasses.replace(base, **combination) for combination in combinations]
+    try:
+        return [dataclasses.replace(base, **combination) for combination in combinations]
+    except ValueError as error:
+        raise SystemExit(f"Impossible diffusion: {error}.") from None
 
 
 def spread(run: Trained, dataset: Dataset, num_states: int = 256, num_samples: int = 32) -> tuple[float, float]:
@@ -113,7 +116,7 @@ def spread(run: Trained, dataset: Dataset, num_states: int = 256, num_samples: i
     args = dataclasses.replace(run.args, num_eval_actions=1) if hasattr(run.args, "num_eval_actions") else run.args
     index = np.random.default_rng(0).integers(0, len(dataset.reward), num_states)
     obs = np.repeat(dataset.obs[index], num_samples, axis=0)
-    (keys,) = seed_keys(run.seeds, 1)
+    keys = jax.random.split(jax.random.key(0), (len(run.seeds), len(obs)))
     sample = np.asarray(run.act(np.broadcast_to(obs, (len(run.seeds), *obs.shape)), keys, 0, args))
     sample = sample.reshape(len(run.seeds), num_states, num_samples, -1)
     mean = sample.mean(axis=2)
@@ -128,14 +131,10 @@ def act_again(folder: Path, args: Args) -> None:
     if args.critics is not None:
         run = with_critics(run, folder, args.critics)
     todo, update = variants(run, args), run.header["update"]
-    keys = jax.vmap(jax.random.fold_in, (0, None))(seed_keys(run.seeds, 3)[2], update)  # as in the run itself
+    split = lambda key: jax.random.split(jax.random.fold_in(key, update), todo[0].eval_episodes)
+    keys = jax.vmap(split)(seed_keys(run.seeds, 3)[2])  # as in the run itself
     for variant in todo:
         _, task = setup(variant)
-        obs = jax.ShapeDtypeStruct((len(run.seeds), 1, run.header["dataset"]["observation_dim"]), np.float32)
-        try:
-            jax.eval_shape(run.module.act, run.state, obs, keys, 0, variant)
-        except ValueError as error:
-            raise SystemExit(f"Impossible settings: {error}.") from None
 
     dataset, behaviour = load_dataset(task, "none")
     if getattr(run.args, "top_fraction", 1) < 1:

@@ -183,7 +183,8 @@ def acting(args: Args) -> Iterator[tuple[str, dict]]:
     print_line("", "env steps/s", "min", "max", "10 obs: /s", "min", "max", "1 obs: /s", "min", "max")
     for name in (name for name in ACTING if name in args.only):
         module, a, state, keys, _ = make_inputs(ENTRIES[name], HOPPER, 10, num_eval_actions=10)
-        act = lambda obs, step: module.act(state, obs, keys, step, a)
+        keys = jax.random.split(keys[0], (1, 10))
+        act = lambda obs, step: module.act(state, obs, keys[:, : obs.shape[1]], step, a)
         obs = np.random.default_rng(0).normal(size=(1, 10, HOPPER[0])).astype(np.float32)
         ten, one = measure(lambda: act(obs, 0), 10, args), measure(lambda: act(obs[:, :1], 0), 1, args)
         # hoppers that fall do not end: an untrained policy's episodes last as long as a good one's

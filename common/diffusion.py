@@ -10,9 +10,11 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Real
 
 ScheduleName = Literal["linear", "vp", "cosine"]
+Prediction = Literal["noise", "action"]
+Actions = Float[Array, "batch act_dim"]
 
 
 class Schedule(NamedTuple):
@@ -41,10 +43,7 @@ def make_schedule(name: ScheduleName, num_steps: int) -> Schedule:
     k = np.arange(1, num_steps + 1)
     if name == "linear":
         if num_steps <= 20:
-            raise ValueError(
-                f"the 'linear' schedule needs more than 20 diffusion steps (its beta reaches 1), not {num_steps}; "
-                "use the 'vp' schedule for few steps"
-            )
+            raise ValueError(f"the 'linear' schedule needs more than 20 diffusion steps, not {num_steps}; choose 'vp'")
         beta = np.linspace(1e-4, 0.02, num_steps) * 1000 / num_steps
     elif name == "vp":
         beta_min, beta_max = 0.1, 10.0
@@ -60,16 +59,22 @@ def make_schedule(name: ScheduleName, num_steps: int) -> Schedule:
     return Schedule(beta, alpha, alpha_bar, alpha_bar_prev, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
 
 
-def corrupt(
-    schedule: Schedule,
-    action: Float[Array, "batch act_dim"],
-    k: Int[Array, " batch"],
-    noise: Float[Array, "batch act_dim"],
-) -> Float[Array, "batch act_dim"]:
+def corrupt(schedule: Schedule, action: Actions, k: Int[Array, " batch"], noise: Actions) -> Actions:
     """a^k = sqrt(alpha_bar^k) a^0 + sqrt(1 - alpha_bar^k) noise (EDP Eq. 8)."""
     signal = jnp.asarray(schedule.sqrt_alpha_bar)[k, None]
     sigma = jnp.asarray(schedule.sqrt_one_minus_alpha_bar)[k, None]
     return signal * action + sigma * noise
+
+
+def implied_noise(
+    kind: Prediction, schedule: Schedule, noisy_action: Actions, k: Real[Array, "..."] | float, prediction: Actions
+) -> Actions:
+    """The noise in a^k by a network's `prediction` of it, or of a^0: EDP Eq. 8 solved for the noise."""
+    if kind == "noise":
+        return prediction
+    # between two steps, where DPM-Solver asks, log alpha_bar is linear
+    log_alpha_bar = jnp.interp(k, np.arange(len(schedule.beta)), np.log(schedule.alpha_bar))
+    return (noisy_action - jnp.exp(log_alpha_bar / 2) * prediction) / jnp.sqrt(-jnp.expm1(log_alpha_bar))
 
 
 def ddpm_sample(
@@ -81,10 +86,9 @@ def ddpm_sample(
 ) -> Float[Array, "..."]:
     """Ancestral sampling (EDP Eq. 2 to 4; Ho et al. 2020, Alg. 2), K network calls in one scan.
 
-    `noise_fn(x, k)` predicts the noise in `x`, k the step index as a scalar. The mean is that of the posterior given
-    the implied clean sample, which `clip=True` keeps inside [-1, 1]; the variance is the posterior's; the last step
-    adds no noise. Differentiable; each step's activations are recomputed in the backward pass, so that memory grows
-    with K only by the chain itself.
+    `noise_fn(x, k)` predicts the noise in `x`, k a scalar. Mean and variance are the posterior's given the clean sample
+    that it implies, inside [-1, 1] if `clip`; the last step adds no noise. Differentiable: activations are computed
+    again in the backward pass, so that memory grows with K only by the chain itself.
     """
     beta, alpha, alpha_bar, alpha_bar_prev, signal, sigma = schedule
     coefficients = {

@@ -1,8 +1,7 @@
 """DPM-Solver (Lu et al. 2022, "DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling").
 
-The singlestep solver for noise prediction, "DPM-Solver-fast": third-order steps as far as the budget of network
-calls allows, the last calls by lower orders. All coefficients depend on schedule and budget alone; they are computed
-once in float64 by NumPy and enter the program as constants.
+The singlestep solver for noise prediction, "DPM-Solver-fast": steps of third order, the last calls by lower ones. All
+coefficients depend on schedule and budget alone: constants of the program, computed by NumPy in float64.
 """
 
 from collections.abc import Callable
@@ -39,24 +38,18 @@ def dpm_solver_sample(
 ) -> Float[Array, "..."]:
     """Integrates the diffusion ODE from noise `x_init` at t = 1 to a sample at t = max(t_end, 1/K).
 
-    `noise_fn(x, k)` predicts the noise in `x`; k = t K - 1 is the step index, fractional between steps, one scalar
-    for the whole batch. Costs exactly `num_calls` network calls. `clip=True` keeps the clean sample implied by each
-    prediction, and the result, inside [-1, 1]. Raises ValueError for impossible settings.
+    `noise_fn(x, k)` predicts the noise in `x`; k = t K - 1, a scalar, is fractional between steps. It is called
+    `num_calls` times. `clip=True` keeps the result, and the clean sample that each prediction implies, inside [-1, 1].
+    Raises ValueError for impossible settings.
     """
     num_steps = len(schedule.beta)
     knots = np.arange(1, num_steps + 1) / num_steps
     log_alphas = 0.5 * np.log(schedule.alpha_bar)
     t_end = max(t_end, knots[0])  # below the first knot sigma^2 would be negative
 
-    def log_alpha(t):
-        return np.interp(t, knots, log_alphas)
-
-    def half_log_snr(t):  # lambda_t = log(alpha_t / sigma_t)
-        return log_alpha(t) - 0.5 * np.log(-np.expm1(2 * log_alpha(t)))
-
-    def time_of(half_log_snr):
-        log_alpha = -0.5 * np.logaddexp(0.0, -2 * half_log_snr)
-        return np.interp(-log_alpha, -log_alphas, knots)
+    log_alpha = lambda t: np.interp(t, knots, log_alphas)
+    half_log_snr = lambda t: log_alpha(t) - 0.5 * np.log(-np.expm1(2 * log_alpha(t)))  # log(alpha_t / sigma_t)
+    time_of = lambda half_log_snr: np.interp(0.5 * np.logaddexp(0.0, -2 * half_log_snr), -log_alphas, knots)
 
     def nodes(start, end, num_intervals):
         """Times between two times, spaced by the skip type."""

@@ -1,9 +1,10 @@
 """The networks of the EDP paper (Sec. 5), noise predictor, critic and value function, and its feed-forward policies.
 
-Modules act on one example; callers `jax.vmap` over the batch. Every leaf of a module is a trainable array (the
-activation is called in `__call__`, not stored), so plain jax.jit, grad, scan, vmap and Optax apply to modules as
-they are. Weights start as in `equinox.nn.Linear`: uniform in +-1/sqrt(fan_in).
+Modules act on one example; callers `jax.vmap` over the batch. Every leaf is a trainable array, so plain jax.jit, grad,
+scan, vmap and Optax apply to modules as they are. Weights start as in `equinox.nn.Linear`, uniform in +-1/sqrt(fan_in).
 """
+
+from itertools import pairwise
 
 import equinox as eqx
 import jax
@@ -16,52 +17,25 @@ NUM_HIDDEN = 3
 EMBEDDING_DIM = 16
 
 
-@jax.custom_jvp
-def mish(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Mish (Misra 2019), x tanh(softplus(x)), with one exponential for both the value and the derivative.
-
-    With n = e^x: tanh(softplus(x)) = n (n + 2) / (n (n + 2) + 2).
-    """
-    return _mish_and_derivative(x)[0]
-
-
-@mish.defjvp
-def _mish_jvp(primals, tangents):
-    value, derivative = _mish_and_derivative(*primals)
-    return value, derivative * tangents[0]
-
-
-def _mish_and_derivative(x):
-    bounded = jnp.minimum(x, 20.0)  # beyond 20, tanh(softplus(x)) is 1 in float32 and float64 alike
-    n = jnp.exp(bounded)
-    w = n * (n + 2)
-    reciprocal = 1 / (w + 2)
-    gate = w * reciprocal
-    return x * gate, gate + bounded * (4 * n * (n + 1)) * reciprocal * reciprocal
-
-
 class MLP(eqx.Module):
-    """Linear layers with Mish between them."""
+    """Linear layers with Mish, or layer normalisation and Mish, between them."""
 
     layers: tuple[eqx.nn.Linear, ...]
+    norms: tuple[eqx.nn.LayerNorm | eqx.nn.Identity, ...]
 
-    def __init__(self, widths: tuple[int, ...], key: PRNGKeyArray):
+    def __init__(self, widths: tuple[int, ...], key: PRNGKeyArray, layer_norm: bool = False):
         keys = jax.random.split(key, len(widths) - 1)
-        self.layers = tuple(
-            eqx.nn.Linear(fan_in, fan_out, key=k) for fan_in, fan_out, k in zip(widths[:-1], widths[1:], keys)
-        )
+        self.layers = tuple(eqx.nn.Linear(*sizes, key=k) for sizes, k in zip(pairwise(widths), keys))
+        self.norms = tuple(eqx.nn.LayerNorm(width) if layer_norm else eqx.nn.Identity() for width in widths[1:-1])
 
     def __call__(self, *parts: Float[Array, " _"]) -> Float[Array, " out"]:
-        """Maps the concatenation of `parts`.
-
-        Each part meets its own columns of the first weight, so that what is shared (the observation by all solver
-        calls, the time embedding by the batch) is multiplied once: the same sum, nothing stored twice.
-        """
+        """Maps the concatenation of `parts`."""
         first, *rest = self.layers
+        # each part meets its own columns, so that what a batch or the solver's calls share is multiplied once
         columns = jnp.split(first.weight, np.cumsum([len(part) for part in parts])[:-1], axis=1)
         x = sum(part @ weight.T for weight, part in zip(columns, parts)) + first.bias
-        for layer in rest:
-            x = mish(x) @ layer.weight.T + layer.bias
+        for norm, layer in zip(self.norms, rest):
+            x = mish(norm(x)) @ layer.weight.T + layer.bias
         return x
 
 
@@ -103,27 +77,21 @@ class TanhPolicy(eqx.Module):
         return jnp.tanh(self.mlp(obs))
 
 
-class GaussianPolicy(eqx.Module):
+class GaussianPolicy(TanhPolicy):
     """pi(a | s), a Gaussian whose mean is inside [-1, 1] and whose deviation does not depend on s, as in IQL's code."""
 
-    mlp: MLP
     log_std: Float[Array, " act_dim"]
 
     def __init__(self, obs_dim: int, act_dim: int, key: PRNGKeyArray):
-        self.mlp = MLP((obs_dim, *[HIDDEN_WIDTH] * NUM_HIDDEN, act_dim), key)
+        super().__init__(obs_dim, act_dim, key)
         self.log_std = jnp.zeros(act_dim)
-
-    def __call__(self, obs: Float[Array, " obs_dim"]) -> Float[Array, " act_dim"]:
-        """The mean."""
-        return jnp.tanh(self.mlp(obs))
 
     @property
     def std(self) -> Float[Array, " act_dim"]:
         return jnp.exp(jnp.clip(self.log_std, -10, 2))
 
     def log_prob(self, obs: Float[Array, " obs_dim"], action: Float[Array, " act_dim"]) -> Float[Array, ""]:
-        """log pi(a | s)."""
-        z = (action - self(obs)) / self.std
+        z = (action - self(obs)) / self.std  # self(obs) is the mean
         return -jnp.sum(z**2 / 2 + jnp.log(self.std) + np.log(2 * np.pi) / 2)
 
 
@@ -132,8 +100,8 @@ class Critic(eqx.Module):
 
     mlp: MLP
 
-    def __init__(self, obs_dim: int, act_dim: int, key: PRNGKeyArray):
-        self.mlp = MLP((obs_dim + act_dim, *[HIDDEN_WIDTH] * NUM_HIDDEN, 1), key)
+    def __init__(self, obs_dim: int, act_dim: int, key: PRNGKeyArray, layer_norm: bool = False):
+        self.mlp = MLP((obs_dim + act_dim, *[HIDDEN_WIDTH] * NUM_HIDDEN, 1), key, layer_norm)
 
     def __call__(self, obs: Float[Array, " obs_dim"], action: Float[Array, " act_dim"]) -> Float[Array, ""]:
         return self.mlp(obs, action)[0]
@@ -144,16 +112,16 @@ class Value(eqx.Module):
 
     mlp: MLP
 
-    def __init__(self, obs_dim: int, key: PRNGKeyArray):
-        self.mlp = MLP((obs_dim, *[HIDDEN_WIDTH] * NUM_HIDDEN, 1), key)
+    def __init__(self, obs_dim: int, key: PRNGKeyArray, layer_norm: bool = False):
+        self.mlp = MLP((obs_dim, *[HIDDEN_WIDTH] * NUM_HIDDEN, 1), key, layer_norm)
 
     def __call__(self, obs: Float[Array, " obs_dim"]) -> Float[Array, ""]:
         return self.mlp(obs)[0]
 
 
-def init_twin_critics(obs_dim: int, act_dim: int, key: PRNGKeyArray) -> Critic:
+def init_twin_critics(obs_dim: int, act_dim: int, key: PRNGKeyArray, layer_norm: bool = False) -> Critic:
     """Two independent critics as one `Critic` whose every leaf has a leading axis of 2."""
-    return jax.vmap(lambda k: Critic(obs_dim, act_dim, k))(jax.random.split(key))
+    return jax.vmap(lambda key: Critic(obs_dim, act_dim, key, layer_norm))(jax.random.split(key))
 
 
 def twin_q(
@@ -161,3 +129,10 @@ def twin_q(
 ) -> Float[Array, "2 batch"]:
     """(Q_1, Q_2) of a batch."""
     return jax.vmap(lambda critic: jax.vmap(critic)(obs, action))(critics)
+
+
+def mish(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Mish (Misra 2019), x tanh(softplus(x)), with one exponential: tanh is w / (w + 2), w = e^x (e^x + 2)."""
+    n = jnp.exp(jnp.minimum(x, 20.0))  # beyond 20, tanh(softplus(x)) is 1 in float32 and float64 alike
+    w = n * (n + 2)
+    return x * (w * (1 / (w + 2)))

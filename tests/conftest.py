@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from common.harness import pointmaze
+
 ROOT = Path(__file__).parents[1]
 
 # An accidental (batch,) + (batch, 1) is an error here, not a (batch, batch) matrix.
@@ -26,8 +28,9 @@ def sandbox(tmp_path_factory):
         patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-        patch.setattr("common.data.CACHE", folder / "cache" / "edp")
-        patch.setattr("common.run.CACHE", folder / "cache" / "edp")
+        patch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # read when it was imported
+        patch.setattr("common.harness.datasets.CACHE", folder / "cache" / "edp")
+        patch.setattr("common.harness.run.CACHE", folder / "cache" / "edp")
         yield folder
 
 
@@ -45,15 +48,13 @@ def datasets(tmp_path, monkeypatch):
     root = tmp_path / "minari"
     root.mkdir()
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
-    monkeypatch.setattr("common.data.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("common.harness.datasets.CACHE", tmp_path / "cache")
     return root
 
 
 @pytest.fixture(scope="session")
 def made_pointmaze(tmp_path_factory):
     """A folder of datasets that holds a small edp/pointmaze/umaze-v0."""
-    from common import pointmaze
-
     root = tmp_path_factory.mktemp("pointmaze")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(root))

@@ -92,7 +92,7 @@ def test_spread_is_that_of_the_samples_and_of_the_data_around_their_mean():
     rng = np.random.default_rng(0)
     dataset = Dataset(*np.float32(rng.normal(size=(5, 2000, 1))))
     dataset = dataset._replace(action=0.5 + 0.2 * dataset.action)
-    draw = lambda state, obs, keys, step, args: 0.1 + 0.3 * jax.random.normal(keys[0], obs.shape)
+    draw = lambda state, obs, keys, step, args: 0.1 + 0.3 * jax.random.normal(keys[0, 0], obs.shape)
     run = acting.Trained(SimpleNamespace(act=draw), bc.Args(num_seeds=2), None, {})
     samples, data = acting.spread(run, dataset, num_states=2000)
     np.testing.assert_allclose(samples, 0.3, rtol=0.01)
@@ -102,7 +102,7 @@ def test_spread_is_that_of_the_samples_and_of_the_data_around_their_mean():
 def test_the_snippet_of_the_readme_runs(runs):
     snippet = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
     exec(snippet.replace("runs/<run>", str(runs / "edp")), names := {})
-    assert names["action"].shape == (3,)
+    assert names["action"].shape == (2, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_the_snippet_of_the_readme_runs(runs):
     [
         ("nothing", {}, "There is no checkpoint.eqx in .*nothing/; name the folder of a run."),
         ("bc", {"num_eval_actions": (3,)}, "bc has no --num-eval-actions."),
-        ("edp", {"num_solver_calls": (1,)}, "Impossible settings: .* order 3"),
+        ("edp", {"num_solver_calls": (1,)}, "Impossible diffusion: .* order 3"),
         ("edp", {"init_noise_scale": (1.0, -1.0)}, "--init-noise-scale must be 0 or more"),
         ("edp", {"episodes": 0}, "--episodes must be positive, but is 0."),
         ("edp", {"critics": "bc"}, "The critics of .*bc/ do not fit .*edp/"),

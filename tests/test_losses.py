@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from common.data import Dataset
 
 from algorithms import bc, crr, dql_baseline, edp_crr, edp_iql, edp_td3bc, iql, td3bc
-from common.data import Dataset
 from common.diffusion import corrupt, make_schedule
 from common.networks import GaussianPolicy, NoisePredictor, TanhPolicy, Value, init_twin_critics
 

@@ -1,31 +1,27 @@
 """The table of tasks against the paper's Table 3, D4RL's protocols and its reference scores, typed in anew."""
 
 import dataclasses
-import json
+import importlib
+import re
 
-import gymnasium
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
+from helpers import ALGORITHMS, fields_of
 
-from common.environments import make_gym_env
-from common.tasks import TASKS, find_task, normalized_score, task_of_dataset, with_domain_defaults
+from algorithms import edp_td3bc
+from common.harness import NonNegative, Positive, UnitInterval, tasks
+from common.harness.environments import make_gym_env
+from common.harness.flags import check_flags
+from common.harness.tasks import TASKS, Domain, find_task, normalized_score, task_of_dataset, with_domain_defaults
 
 ROBOTS = ("halfcheetah", "hopper", "walker2d")
 LOCOMOTION = [f"{robot}-{quality}" for robot in ROBOTS for quality in ("medium", "medium-replay", "medium-expert")]
-ANTMAZE = [
-    f"antmaze-{name}"
-    for name in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
-]
+ANTMAZE = [f"antmaze-{size}-{kind}" for size in ("medium", "large") for kind in ("play", "diverse")]
+ANTMAZE += ["antmaze-umaze", "antmaze-umaze-diverse"]
 ADROIT = ["pen-human", "pen-cloned"]
 KITCHEN = ["kitchen-complete", "kitchen-partial", "kitchen-mixed"]
 POINTMAZE = ["pointmaze-umaze", "pointmaze-medium", "pointmaze-large"]
-
-
-def spec_of(gym_id: str, **kwargs) -> str:
-    """What Minari stores of the environment that a dataset was made in."""
-    env = make_gym_env(gym_id, **kwargs)
-    env.close()
-    return env.spec.to_json()
 
 
 def test_the_table_holds_the_papers_twenty_tasks_and_three_pointmazes():
@@ -35,140 +31,57 @@ def test_the_table_holds_the_papers_twenty_tasks_and_three_pointmazes():
 
 
 @pytest.mark.parametrize(
-    ("env_ids", "learning_rate", "eta", "num_updates", "expectile", "eval_episodes"),
+    ("env_ids", "expected"),  # Table 3, IQL's temperature 1 / beta, D4RL's numbers of episodes
     [
-        (LOCOMOTION, 3e-4, 1.0, 2_000_000, 0.7, 10),
-        (ANTMAZE, 3e-4, 1.0, 1_000_000, 0.9, 100),
-        (ADROIT, 3e-5, 0.1, 1_000_000, 0.7, 10),
-        (KITCHEN, 3e-4, 0.005, 1_000_000, 0.7, 10),
+        (LOCOMOTION, (3e-4, 1.0, 2_000_000, "none", "iql_locomotion", 0.7, 1 / 3, 10_000, 10)),
+        (ANTMAZE, (3e-4, 1.0, 1_000_000, "cql_antmaze", "iql_antmaze", 0.9, 1 / 10, 10_000, 100)),
+        (ADROIT, (3e-5, 0.1, 1_000_000, "normalize", "normalize", 0.7, 1 / 0.5, 10_000, 10)),
+        (KITCHEN, (3e-4, 0.005, 1_000_000, "normalize", "normalize", 0.7, 1 / 0.5, 10_000, 10)),
+        (POINTMAZE, (3e-4, 1.0, 10_000, "cql_antmaze", "iql_antmaze", 0.9, 1 / 10, 2_000, 100)),
     ],
 )
-def test_hyperparameters_are_those_of_table_3(env_ids, learning_rate, eta, num_updates, expectile, eval_episodes):
+def test_hyperparameters_of_the_domains(env_ids, expected):
     for env_id in env_ids:
-        domain = TASKS[env_id].environment.domain
-        assert (domain.learning_rate, domain.eta, domain.num_updates) == (learning_rate, eta, num_updates)
-        assert (domain.expectile, domain.eval_every, domain.eval_episodes) == (expectile, 10_000, eval_episodes)
+        assert TASKS[env_id].environment.domain[1:] == expected
 
 
-@pytest.mark.parametrize(("env_ids", "beta"), [(LOCOMOTION, 3), (ANTMAZE + POINTMAZE, 10), (ADROIT + KITCHEN, 0.5)])
-def test_the_temperature_of_feed_forward_iql_is_the_inverse_of_its_papers(env_ids, beta):
-    for env_id in env_ids:
-        assert TASKS[env_id].environment.domain.temperature == pytest.approx(1 / beta)
-
-
-def test_pointmaze_learns_as_antmaze_but_for_the_number_of_updates():
-    antmaze, pointmaze = (TASKS[env_id].environment.domain for env_id in ("antmaze-umaze", "pointmaze-umaze"))
-    differing = {name for name in antmaze._fields if getattr(antmaze, name) != getattr(pointmaze, name)}
-    assert differing == {"name", "num_updates", "eval_every"}
-    assert pointmaze.num_updates < 100_000
-    assert pointmaze.num_updates % pointmaze.eval_every == 0
+def test_evaluation_environments_and_their_horizons():
+    expected = {robot.lower(): (f"{robot}-v5", 1000) for robot in ("HalfCheetah", "Hopper", "Walker2d")}
+    expected |= {"pen": ("AdroitHandPen-v1", 100), "kitchen": ("FrankaKitchen-v1", 280)}
+    for size, of_ants, of_points in (("UMaze", 700, 300), ("Medium", 1000, 600), ("Large", 1000, 800)):
+        expected[f"antmaze-{size.lower()}"] = (f"AntMaze_{size}-v5", of_ants)
+        expected[f"pointmaze-{size.lower()}"] = (f"PointMaze_{size}-v3", of_points)
+    for env_id, task in TASKS.items():
+        (protocol,) = (value for name, value in expected.items() if env_id.startswith(name))
+        assert (task.environment.gym_id, task.environment.max_steps) == protocol, env_id
 
 
 @pytest.mark.parametrize(
-    ("env_ids", "rule", "iql_rule"),
+    ("env_ids", "low", "high", "value", "score"),
     [
-        (LOCOMOTION, "none", "iql_locomotion"),
-        (ANTMAZE + POINTMAZE, "cql_antmaze", "iql_antmaze"),
-        (ADROIT + KITCHEN, "normalize", "normalize"),
+        (LOCOMOTION[:3], -280.178953, 12135.0, 5000.0, 42.5300269),  # 100 * 5280.178953 / 12415.178953
+        (LOCOMOTION[3:6], -20.272305, 3234.3, 1500.0, 46.7118921),  # 100 * 1520.272305 / 3254.572305
+        (LOCOMOTION[6:], 1.629008, 4592.3, 0.0, -0.0354851829),  # 100 * -1.629008 / 4590.670992
+        (ANTMAZE + POINTMAZE, 0.0, 1.0, 0.5, 50.0),
+        (ADROIT, 96.262799, 3076.8331017826877, 2000.0, 63.8715752),  # 100 * 1903.737201 / 2980.5703028
+        (KITCHEN, 0.0, 4.0, 3.0, 75.0),
+        (["door"], -56.512833, 2880.5693087298737, 1000.0, 35.97151),  # 100 * 1056.512833 / 2937.0821427298737
     ],
 )
-def test_reward_rules_by_domain_for_iql_and_for_the_others(env_ids, rule, iql_rule):
-    for env_id in env_ids:
-        domain = TASKS[env_id].environment.domain
-        assert (domain.reward_rule, domain.iql_reward_rule) == (rule, iql_rule)
-
-
-@pytest.mark.parametrize(
-    ("env_id", "gym_id", "max_steps"),
-    [
-        ("halfcheetah-medium", "HalfCheetah-v5", 1000),
-        ("hopper-medium-expert", "Hopper-v5", 1000),
-        ("walker2d-medium-replay", "Walker2d-v5", 1000),
-        ("antmaze-umaze-diverse", "AntMaze_UMaze-v5", 700),
-        ("antmaze-medium-play", "AntMaze_Medium-v5", 1000),
-        ("antmaze-large-diverse", "AntMaze_Large-v5", 1000),
-        ("pen-cloned", "AdroitHandPen-v1", 100),
-        ("kitchen-mixed", "FrankaKitchen-v1", 280),
-        ("pointmaze-umaze", "PointMaze_UMaze-v3", 300),
-        ("pointmaze-medium", "PointMaze_Medium-v3", 600),
-        ("pointmaze-large", "PointMaze_Large-v3", 800),
-    ],
-)
-def test_evaluation_environments_and_their_horizons(env_id, gym_id, max_steps):
-    environment = TASKS[env_id].environment
-    assert (environment.gym_id, environment.max_steps) == (gym_id, max_steps)
-
-
-@pytest.mark.parametrize(
-    ("env_id", "value", "score"),
-    [
-        ("halfcheetah-medium", -280.178953, 0.0),
-        ("halfcheetah-medium", 5000.0, 42.5300269),  # 100 * 5280.178953 / 12415.178953
-        ("hopper-medium", 3234.3, 100.0),
-        ("hopper-medium", 1500.0, 46.7118921),  # 100 * 1520.272305 / 3254.572305
-        ("walker2d-medium", 0.0, -0.0354851829),  # 100 * -1.629008 / 4590.670992
-        ("walker2d-medium", 4592.3, 100.0),
-        ("antmaze-large-play", 1.0, 100.0),
-        ("pointmaze-umaze", 0.5, 50.0),
-        ("pen-human", 96.262799, 0.0),
-        ("pen-human", 2000.0, 63.8715752),  # 100 * 1903.737201 / 2980.5703028
-        ("kitchen-partial", 3.0, 75.0),
-    ],
-)
-def test_scores_by_d4rls_references(env_id, value, score):
-    scores = normalized_score(TASKS[env_id].environment, np.array([value]))
-    assert scores == pytest.approx([score], rel=1e-6, abs=1e-9)
-
-
-def test_door_is_known_to_datasets_and_scored_by_d4rls_references():
-    door = task_of_dataset("D4RL/door/human-v2", json.dumps({"id": "AdroitHandDoor-v1", "kwargs": {}})).environment
-    assert (door.gym_id, door.max_steps, door.drop_below) == ("AdroitHandDoor-v1", 200, None)
-    # 100 * 1056.512833 / 2937.0821427298737
-    assert normalized_score(door, np.array([1000.0])) == pytest.approx([35.97151], rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("env_id", "dataset_ids"),
-    [
-        ("halfcheetah-medium", ("mujoco/halfcheetah/medium-v0",)),
-        ("hopper-medium-expert", ("mujoco/hopper/medium-v0", "mujoco/hopper/expert-v0")),
-        ("antmaze-umaze", ("D4RL/antmaze/umaze-v1",)),
-        ("antmaze-large-diverse", ("D4RL/antmaze/large-diverse-v1",)),
-        ("pen-human", ("D4RL/pen/human-v2",)),
-        ("pen-cloned", ("D4RL/pen/cloned-v2",)),
-        ("kitchen-complete", ("D4RL/kitchen/complete-v2",)),
-        ("pointmaze-large", ("edp/pointmaze/large-v0",)),
-    ],
-)
-def test_minari_ids(env_id, dataset_ids):
-    assert TASKS[env_id].dataset_ids == dataset_ids
-
-
-def test_only_medium_expert_has_two_datasets():
-    assert {env_id for env_id, task in TASKS.items() if len(task.dataset_ids) == 2} == {
-        f"{robot}-medium-expert" for robot in ROBOTS
-    }
-
-
-def test_the_order_of_dict_observations():
-    for env_id in ANTMAZE:
-        assert TASKS[env_id].environment.obs_keys == ("achieved_goal", "observation", "desired_goal")
-    for env_id in KITCHEN + POINTMAZE:
-        assert TASKS[env_id].environment.obs_keys == ("observation",)
-    for env_id in LOCOMOTION + ADROIT:
-        assert TASKS[env_id].environment.obs_keys == ()
+def test_scores_by_d4rls_references(env_ids, low, high, value, score):
+    door = task_of_dataset("D4RL/door/human-v2", EnvSpec("AdroitHandDoor-v1"))
+    for task in (TASKS.get(env_id, door) for env_id in env_ids):
+        scores = normalized_score(task.environment, np.array([low, high, value]))
+        assert scores == pytest.approx([0, 100, score], rel=1e-6, abs=1e-9)
+    assert (door.environment.max_steps, door.environment.drop_below) == (200, None)
 
 
 def test_kitchen_tasks_end_one_by_one_and_differ_by_dataset():
     four = ["microwave", "kettle", "light switch", "slide cabinet"]
-    for env_id in KITCHEN:
-        kwargs = TASKS[env_id].environment.kwargs
-        assert kwargs["remove_task_when_completed"] is True
-        assert kwargs["terminate_on_tasks_completed"] is True
-    assert TASKS["kitchen-complete"].environment.kwargs["tasks_to_complete"] == four
-    assert TASKS["kitchen-partial"].environment.kwargs["tasks_to_complete"] == four
-    mixed = TASKS["kitchen-mixed"].environment.kwargs["tasks_to_complete"]
-    assert sorted(mixed) == ["bottom burner", "kettle", "light switch", "microwave"]
+    mixed = ["microwave", "kettle", "bottom burner", "light switch"]
+    for env_id, goals in zip(KITCHEN, (four, four, mixed)):
+        ends = {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
+        assert TASKS[env_id].environment.kwargs == ends | {"tasks_to_complete": goals}
 
 
 def test_mazes_have_fixed_cells_and_antmaze_keeps_its_goal():
@@ -176,95 +89,139 @@ def test_mazes_have_fixed_cells_and_antmaze_keeps_its_goal():
     for env_id in ANTMAZE + POINTMAZE:
         environment = TASKS[env_id].environment
         assert environment.cells == cells[env_id.split("-")[1]]
-        assert environment.kwargs["continuing_task"] is False
+        of_ants = {"include_cfrc_ext_in_observation": False, "reset_target": False} if env_id in ANTMAZE else {}
+        assert environment.kwargs == {"continuing_task": False, **of_ants}
         assert environment.fixed_goal is (env_id in POINTMAZE)
-    assert TASKS["antmaze-umaze"].environment.kwargs["include_cfrc_ext_in_observation"] is False
-    assert TASKS["antmaze-umaze"].environment.kwargs["reset_target"] is False
 
 
-def test_an_unknown_env_id_exits_naming_near_ones_and_the_way_to_other_datasets(exit_sentence):
+def test_an_unknown_env_id_exits_naming_near_ones_and_the_way_to_all_and_to_other_datasets(exit_sentence):
     sentence = exit_sentence(find_task, "hoper-medium")
-    assert "hoper-medium" in sentence
-    assert "hopper-medium" in sentence.replace("hoper-medium", "", 1)
-    assert "--dataset-id" in sentence
+    for part in ("hoper-medium", " hopper-medium", "`python -m common.harness.tasks`", "--dataset-id"):
+        assert part in sentence
     assert "pointmaze-umaze" in exit_sentence(find_task, "@")  # near to nothing: the one that needs no download
+
+
+def test_the_printed_table_has_every_task_with_its_data_and_its_domain():
+    table = tasks.describe_tasks()
+    for env_id, task in TASKS.items():
+        (line,) = re.findall(rf"^ +{env_id} .*$", table, re.MULTILINE)
+        assert all(part in line for part in (*task.dataset_ids, task.environment.gym_id))
+    assert re.search(r"^adroit: learning rate 3e-05, eta 0.1, .* 1,000,000 updates", table, re.MULTILINE)
+
+
+# ------------------------------------------------------------------------------------------------- other datasets
+
+
+def spec_of(gym_id: str, **kwargs) -> EnvSpec:
+    """What a dataset says of the environment that it was made in."""
+    env = make_gym_env(gym_id, **kwargs)
+    env.close()
+    return env.spec
 
 
 @pytest.mark.parametrize(
     ("gym_id", "env_id"),
     [
-        ("Hopper-v5", "hopper-medium"),
         ("Hopper-v4", "hopper-medium"),
         ("AdroitHandPen-v1", "pen-human"),
         ("AntMaze_Medium_Diverse_GR-v4", "antmaze-medium-diverse"),
-        ("AntMaze_UMaze-v5", "antmaze-umaze"),
         ("PointMaze_UMaze-v3", "pointmaze-umaze"),
     ],
 )
 def test_a_datasets_own_environment_brings_its_protocol(gym_id, env_id):
     task = task_of_dataset("me/some/data-v0", spec_of(gym_id))
     assert task.environment == TASKS[env_id].environment
-    assert task.dataset_ids == ("me/some/data-v0",)
-    assert "/" not in task.env_id, "it names the run's folder"
+    assert (task.env_id, task.dataset_ids) == ("me-some-data-v0", ("me/some/data-v0",))
 
 
 def test_a_kitchen_dataset_is_evaluated_on_its_own_tasks():
     task = task_of_dataset("me/kitchen/two-v0", spec_of("FrankaKitchen-v1", tasks_to_complete=["kettle", "microwave"]))
-    assert task.environment.kwargs == {
-        "remove_task_when_completed": True,
-        "terminate_on_tasks_completed": True,
-        "tasks_to_complete": ["kettle", "microwave"],
-    }
-    assert (task.environment.max_steps, task.environment.reference) == (280, (0.0, 4.0))
+    known = TASKS["kitchen-mixed"].environment
+    kwargs = known.kwargs | {"tasks_to_complete": ["kettle", "microwave"]}
+    assert task.environment == known._replace(kwargs=kwargs)
 
 
-def test_an_unknown_environment_is_evaluated_as_registered_with_raw_returns():
-    env_spec = gymnasium.make("Pendulum-v1").spec.to_json()
-    task = task_of_dataset("me/pendulum/random-v0", env_spec)
-    assert task.environment.gym_id == env_spec
-    assert task.environment.max_steps is None
-    domain = task.environment.domain
-    assert (domain.reward_rule, domain.iql_reward_rule) == ("none", "none")
-    assert (domain.learning_rate, domain.eta) == (3e-4, 1.0)
-    np.testing.assert_array_equal(normalized_score(task.environment, np.array([-3.0, 5.0])), [-3.0, 5.0])
-
-
-def test_a_maze_with_dense_rewards_is_not_taken_for_the_sparse_one():
-    # exp(-distance) is positive in every step: with the sparse maze's rules every step would be terminal.
-    environment = task_of_dataset("me/dense/data-v0", spec_of("AntMaze_UMazeDense-v5")).environment
-    assert not environment.sparse
-    assert environment.reference is None
+@pytest.mark.parametrize("gym_id", ["Pendulum-v1", "AntMaze_UMazeDense-v5"])
+def test_an_unknown_environment_is_evaluated_as_registered_with_raw_returns(gym_id):
+    """A maze with dense rewards is one: positive in every step, by the sparse one's rules each would be terminal."""
+    spec = spec_of(gym_id)
+    environment = task_of_dataset("me/x-v0", spec).environment
+    assert environment == tasks.Environment(tasks.OTHER, spec)
+    domain = environment.domain
+    assert (domain.learning_rate, domain.eta, domain.reward_rule, domain.iql_reward_rule) == (3e-4, 1.0, "none", "none")
+    np.testing.assert_array_equal(normalized_score(environment, np.array([-3.0, 5.0])), [-3.0, 5.0])
 
 
 def test_a_dataset_without_environment_exits(exit_sentence):
     assert "me/x-v0" in exit_sentence(task_of_dataset, "me/x-v0", None)
 
 
+# --------------------------------------------------------------------------------------------- defaults and bounds
+
+
 @dataclasses.dataclass(frozen=True)
 class SomeArgs:
-    num_updates: int | None = None
+    num_updates: Positive[int] | None = None
     eval_every: int | None = None
     learning_rate: float | None = None
-    eta: float | None = None
+    eta: NonNegative[float] | None = None
     reward_rule: str | None = None
     run_dir: str | None = None  # not a domain's affair
-    gamma: float = 0.5
+    gamma: UnitInterval[float] = 0.5
+    seed: NonNegative[int] = 0
+    num_seeds: Positive[int] = 1
 
 
 def test_domain_defaults_fill_only_what_is_none():
-    domain = TASKS["pen-human"].environment.domain
-    filled = with_domain_defaults(SomeArgs(eta=0.0, num_updates=30_000), domain)
-    assert filled == SomeArgs(30_000, 10_000, 3e-5, 0.0, "normalize", None, 0.5)
+    pen, antmaze, pointmaze = (TASKS[env_id].environment.domain for env_id in ("pen-human", ANTMAZE[0], POINTMAZE[0]))
+    filled = with_domain_defaults(SomeArgs(eta=0.0, num_updates=30_000), pen)
+    assert filled == SomeArgs(30_000, 10_000, 3e-5, 0.0, "normalize")
+    assert with_domain_defaults(SomeArgs(), antmaze).reward_rule == "cql_antmaze"
+    assert with_domain_defaults(SomeArgs(), antmaze, iql=True).reward_rule == "iql_antmaze"
+    assert with_domain_defaults(SomeArgs(reward_rule="none"), antmaze, iql=True).reward_rule == "none"
+    assert with_domain_defaults(SomeArgs(num_updates=100), pointmaze).eval_every == 100, "shorter than the interval"
+    assert with_domain_defaults(SomeArgs(num_updates=100, eval_every=50), pointmaze).eval_every == 50
 
 
-def test_iql_has_its_own_reward_rule_unless_one_is_given():
-    domain = TASKS["antmaze-umaze"].environment.domain
-    assert with_domain_defaults(SomeArgs(), domain).reward_rule == "cql_antmaze"
-    assert with_domain_defaults(SomeArgs(), domain, iql=True).reward_rule == "iql_antmaze"
-    assert with_domain_defaults(SomeArgs(reward_rule="none"), domain, iql=True).reward_rule == "none"
+@pytest.mark.parametrize(
+    ("flag", "accepted", "refused", "allowed"),
+    [
+        ("num_updates", [None, 1], [0, -1, np.inf, np.nan], "positive"),
+        ("eta", [None, 0.0, 7.0], [-0.1, np.inf, np.nan], "0 or more"),
+        ("gamma", [0.0, 0.3, 1.0], [-0.1, 1.1, np.inf, np.nan], "between 0 and 1"),
+    ],
+)
+def test_the_bounds_of_a_flag_stand_in_its_type(flag, accepted, refused, allowed, exit_sentence):
+    for value in accepted:
+        check_flags(SomeArgs(**{flag: value}))
+    for value in refused:
+        sentence = exit_sentence(check_flags, SomeArgs(**{flag: value}))
+        assert sentence == f"--{flag.replace('_', '-')} must be {allowed}, but is {value}."
 
 
-def test_a_run_shorter_than_the_evaluation_interval_is_evaluated_at_its_end():
-    domain = TASKS["pointmaze-umaze"].environment.domain
-    assert with_domain_defaults(SomeArgs(num_updates=100), domain).eval_every == 100
-    assert with_domain_defaults(SomeArgs(num_updates=100, eval_every=50), domain).eval_every == 50
+def test_a_copied_algorithm_with_a_flag_of_its_own_is_accepted():
+    copied = dataclasses.make_dataclass("Args", [("my_weight", float, -1.0)], bases=(edp_td3bc.Args,), frozen=True)
+    check_flags(copied())
+
+
+def numbers_in(text: str) -> list[float]:
+    """As people write them: 3e-4, 2,000,000, 2 million, 10k, 1/3; the number of a table or equation is none."""
+    text = re.sub(r"(Table|Alg\.|Eq\.|Sec\.|Fig\.) \d+", "", text)
+    units = {"": 1, "k": 1e3, "thousand": 1e3, "M": 1e6, "million": 1e6}
+    found = re.findall(r"(\d[\d,_]*(?:\.\d+)?(?:e-?\d+)?)(?:/(\d+))?(?: ?(k|thousand|M|million)\b)?", text)
+    value = lambda digits: float(digits.replace(",", "").replace("_", ""))
+    return [value(number) / float(divisor or 1) * units[unit] for number, divisor, unit in found]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_help_of_a_flag_without_default_names_the_value_of_every_domain(algorithm):
+    module = importlib.import_module(f"algorithms.{algorithm}")
+    domains = [value for value in vars(tasks).values() if isinstance(value, Domain)]
+    unset = [field.name for field in dataclasses.fields(module.Args) if field.default is None]
+    assert {"num_updates", "eval_every", "eval_episodes"} <= set(unset)
+    for name in set(unset) & set(Domain._fields):
+        text = fields_of(algorithm)[name]
+        source = "iql_reward_rule" if name == "reward_rule" and algorithm.endswith("iql") else name
+        for value in {getattr(domain, source) for domain in domains}:
+            named = value in text if isinstance(value, str) else np.isclose(numbers_in(text), value, rtol=1e-9).any()
+            assert named, f"--{name.replace('_', '-')}: {value} is not in {text!r}"

@@ -26,8 +26,9 @@ from minari.storage.datasets_root_dir import get_dataset_path
 from common.harness import pointmaze
 from common.harness.d4rl import d4rl_task, read_d4rl
 from common.harness.environments import make_env, make_gym_env, observation_parts
+from common.harness.flags import check_flags
 from common.harness.records import Behaviour, Dataset
-from common.harness.run import CACHE, check_flags, set_up_jax
+from common.harness.run import CACHE, set_up_jax
 from common.harness.tasks import (
     GOAL_RADIUS,
     Environment,
@@ -193,7 +194,7 @@ def _cached(source: Path, settings, read: Callable[[], tuple[Dataset, np.ndarray
     state = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     file = CACHE / "datasets" / f"{hashlib.sha256(json.dumps([state, settings, 3]).encode()).hexdigest()}.npz"
     try:
-        with np.load(file) as arrays:
+        with file.open("rb") as stream, np.load(stream) as arrays:  # of a name alone, NumPy forgets to close
             return Dataset(*(arrays[name] for name in Dataset._fields)), arrays["ends"]
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         pass  # no cache yet, or a damaged one

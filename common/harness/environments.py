@@ -44,33 +44,30 @@ def observation_parts(obs, keys: tuple[str, ...] = ()) -> list:
     return [part for key in keys or sorted(obs.keys()) for part in observation_parts(obs[key])]
 
 
-class StartAndGoal(gymnasium.Wrapper):
-    """Starts each episode in one cell of a maze with the goal in another; `centre` removes the goal's noise."""
+class Protocol(gymnasium.Wrapper):
+    """What D4RL's protocol asks of an environment: a maze's start and goal, the end when the pen is dropped."""
 
-    def __init__(self, env, start, goal, centre: bool):
+    def __init__(self, env: gymnasium.Env, environment: Environment):
         super().__init__(env)
-        self.options = {"reset_cell": np.array(start), "goal_cell": np.array(goal)}
-        self.centre = centre
+        self.environment = environment
 
     def reset(self, *, seed=None, options=None):
-        obs, info = self.env.reset(seed=seed, options=self.options)
-        if self.centre:
+        if self.environment.cells is None:
+            return self.env.reset(seed=seed, options=options)
+        start, goal = map(np.array, self.environment.cells)
+        obs, info = self.env.reset(seed=seed, options={"reset_cell": start, "goal_cell": goal})
+        if self.environment.fixed_goal:  # without the noise that the environment adds
             maze = self.env.unwrapped
-            maze.goal = maze.maze.cell_rowcol_to_xy(self.options["goal_cell"])
+            maze.goal = maze.maze.cell_rowcol_to_xy(goal)
             maze.update_target_site_pos()
         return obs, info
 
-
-class TerminateBelow(gymnasium.Wrapper):
-    """Ends the episode when one coordinate of the observation falls below a threshold (the pen is dropped)."""
-
-    def __init__(self, env, coordinate: int, threshold: float):
-        super().__init__(env)
-        self.coordinate, self.threshold = coordinate, threshold
-
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        return obs, reward, terminated or bool(obs[self.coordinate] < self.threshold), truncated, info
+        if self.environment.drop_below is not None:
+            coordinate, threshold = self.environment.drop_below
+            terminated = terminated or bool(obs[coordinate] < threshold)
+        return obs, reward, terminated, truncated, info
 
 
 def make_env(environment: Environment) -> gymnasium.Env:
@@ -80,11 +77,7 @@ def make_env(environment: Environment) -> gymnasium.Env:
         kwargs["max_episode_steps"] = environment.max_steps
     elif not 0 < (environment.gym_id.max_episode_steps or 0) <= 10_000:  # to record in: an evaluation would not end
         kwargs["max_episode_steps"] = 1000
-    env = make_gym_env(environment.gym_id, **kwargs)
-    if environment.cells is not None:
-        env = StartAndGoal(env, *environment.cells, centre=environment.fixed_goal)
-    if environment.drop_below is not None:
-        env = TerminateBelow(env, *environment.drop_below)
+    env = Protocol(make_gym_env(environment.gym_id, **kwargs), environment)
     keys, space = environment.obs_keys, env.observation_space
     if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
         size = sum(int(np.prod(part.shape)) for part in observation_parts(space, keys))

@@ -1,0 +1,153 @@
+"""What several tests share: small arguments, scripts run as people run them, files of a run, small real datasets."""
+
+import ast
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import gymnasium
+import jax
+import minari
+import numpy as np
+import pytest
+from minari.data_collector import EpisodeBuffer
+from minari.storage.datasets_root_dir import get_dataset_path
+
+from common.harness import Dataset
+
+SCRIPTS = Path(__file__).parents[1] / "algorithms"
+ALGORITHMS = ("edp_td3bc", "edp_crr", "edp_iql", "dql_baseline", "td3bc", "crr", "iql", "bc")
+
+# ----------------------------------------------------------------------------------------------- arguments and runs
+
+TINY = {
+    "num_updates": 20,
+    "eval_every": 10,
+    "eval_episodes": 2,
+    "num_seeds": 2,
+    "batch_size": 16,
+    "num_diffusion_steps": 50,
+    "num_solver_calls": 3,
+}
+
+
+def make_args(algorithm, common: dict, **changes):
+    """The arguments of a module of algorithms/: those of `common` that it has, and `changes`, which it must have."""
+    names = {field.name for field in dataclasses.fields(algorithm.Args)}
+    return algorithm.Args(**{name: value for name, value in common.items() if name in names} | changes)
+
+
+def tiny(algorithm: str) -> dict:
+    """The part of TINY that an algorithm has."""
+    return {name: value for name, value in TINY.items() if name in fields_of(algorithm)}
+
+
+def fields_of(algorithm: str) -> dict[str, str]:
+    """Each field of `Args` with the docstring under it, from the source."""
+    tree = ast.parse((SCRIPTS / f"{algorithm}.py").read_text())
+    (args,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    fields = {}
+    for field, text in zip(args.body, [*args.body[1:], None]):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(text, ast.Expr), f"{field.target.id} has no docstring"
+            fields[field.target.id] = ast.literal_eval(text.value)
+    return fields
+
+
+def flags_of(**args) -> list[str]:
+    return [part for name, value in args.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+def run_script(algorithm: str, *flags, cwd, **env) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPTS / f"{algorithm}.py"), *map(str, flags)]
+    env = os.environ | {"HOME": str(cwd), "COLUMNS": "300"} | env
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def returns_of(folder: Path) -> np.ndarray:
+    """(evaluations, seeds, episodes), from a run's eval.csv."""
+    rows = rows_of(folder / "eval.csv")
+    names = ("update", "seed", "episode")
+    table = {tuple(int(row[name]) for name in names): float(row["return"]) for row in rows}
+    shape = [len({key[i] for key in table}) for i in range(3)]
+    assert len(table) == len(rows) == np.prod(shape)
+    return np.reshape([table[key] for key in sorted(table)], shape)
+
+
+# --------------------------------------------------------------------------------------------------------- datasets
+
+
+def play(env: gymnasium.Env, episodes: int | Sequence[int], seed=0, prepare=None) -> list[tuple]:
+    """Episodes of random actions: (observations, actions, rewards, terminations, truncations), an entry for each step.
+
+    `episodes` is their number, or the number of steps after which each is cut at the latest; `prepare(env, episode)`
+    may alter the environment after a reset.
+    """
+    rng, played = np.random.default_rng(seed), []
+    for episode, limit in enumerate([np.inf] * episodes if isinstance(episodes, int) else episodes):
+        observations, steps = [env.reset(seed=seed + episode)[0]], []
+        if prepare is not None:
+            prepare(env, episode)
+        while not steps or not (steps[-1][2] or steps[-1][3]):
+            action = rng.uniform(env.action_space.low, env.action_space.high).astype(env.action_space.dtype)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            observations.append(obs)
+            steps.append((action, reward, terminated, truncated or len(steps) + 1 == limit))
+        played.append((observations, *map(list, zip(*steps))))
+    return played
+
+
+def record(env, dataset_id: str, episodes, data_format="hdf5", seed=0, prepare=None) -> minari.MinariDataset:
+    """Writes a dataset of episodes that `play` plays."""
+    return write_dataset(dataset_id, env, play(env, episodes, seed, prepare), data_format)
+
+
+def write_dataset(dataset_id: str, env: gymnasium.Env, episodes: list[tuple], data_format="hdf5"):
+    """Writes episodes such as `play` returns."""
+    if data_format == "arrow":
+        pytest.importorskip("pyarrow", reason="Minari reads Arrow datasets with pyarrow")
+    stack = lambda steps: jax.tree.map(lambda *parts: np.stack(parts), *steps)
+    names = ("observations", "actions", "rewards", "terminations", "truncations")
+    buffers = [EpisodeBuffer(**{name: stack(steps) for name, steps in zip(names, episode)}) for episode in episodes]
+    return minari.create_dataset_from_buffers(dataset_id, buffers, env=env, data_format=data_format)
+
+
+def change_metadata(dataset_id: str, **changes) -> None:
+    """Overwrites entries of a local dataset's metadata; None removes one."""
+    file = get_dataset_path(dataset_id) / "data" / "metadata.json"
+    metadata = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in metadata.items() if value is not None}))
+
+
+def record_hopper(dataset_id="test/hopper/random-v0", num_episodes=12, data_format="hdf5", seed=0):
+    # A random hopper falls after some 10 to 50 steps: with a limit of 25, episodes end in both ways.
+    return record(gymnasium.make("Hopper-v5", max_episode_steps=25), dataset_id, num_episodes, data_format, seed)
+
+
+def goal_here(env, episode: int) -> None:
+    """Every third episode of an ant starts, and in a few steps stays, at its goal."""
+    if episode % 3 == 0:
+        env.unwrapped.goal = env.unwrapped.ant_env.data.qpos[:2].copy()
+
+
+def by_hand(dataset_id: str, *keys: str) -> dict[str, np.ndarray]:
+    """The fields of `Dataset`, and the `ends` of episodes, by Minari's own iteration."""
+    columns = {name: [] for name in (*Dataset._fields, "ends")}
+    for episode in minari.load_dataset(dataset_id).iterate_episodes():
+        obs = episode.observations
+        obs = np.concatenate([obs[key] for key in keys], axis=1) if keys else obs
+        arrays = obs[:-1], episode.actions, episode.rewards, obs[1:], episode.terminations, [len(episode.rewards)]
+        for column, array in zip(columns.values(), arrays):
+            column.append(array)
+    arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
+    return arrays | {"ends": np.cumsum(arrays["ends"])}

@@ -1,0 +1,352 @@
+"""Datasets: small real Minari ones, recorded here, against a plain iteration through Minari's own interface."""
+
+import os
+import sys
+import time
+from types import SimpleNamespace
+
+import h5py
+import huggingface_hub
+import minari
+import numpy as np
+import pytest
+from helpers import by_hand, change_metadata, record, record_hopper
+
+from algorithms import bc
+from common.harness import Behaviour, Dataset
+from common.harness import datasets as harness
+from common.harness.datasets import behaviour_returns, load_dataset, read_minari, resolve_task, shape_reward
+from common.harness.environments import make_env, make_gym_env
+from common.harness.tasks import ENVIRONMENTS, TASKS, normalized_score
+
+ARRAYS = "data/main_data.hdf5"
+
+
+def assert_same(read: tuple[Dataset, np.ndarray], expected: dict[str, np.ndarray]):
+    dataset, ends = read
+    for name, array in dataset._asdict().items():
+        np.testing.assert_array_equal(array, expected[name].astype(np.float32), err_msg=name)
+        assert array.dtype == np.float32, name
+    np.testing.assert_array_equal(ends, expected["ends"])
+
+
+def load(dataset_id: str, rule="none") -> tuple[Dataset, Behaviour]:
+    return load_dataset(resolve_task("pointmaze-umaze", dataset_id), rule)
+
+
+@pytest.fixture
+def hopper(datasets) -> str:
+    """The id of a small dataset."""
+    return record_hopper().id
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("data_format", ["hdf5", "arrow"])
+def test_flat_arrays_are_minaris_own_episodes_end_to_end(datasets, data_format):
+    """With each episode's last observation, and with terminations alone as terminals."""
+    dataset = record_hopper(data_format=data_format)
+    expected = by_hand(dataset.id)
+    lengths = np.diff(expected["ends"], prepend=0)
+    assert len(lengths) > 10, "alphabetical order would be the right one"
+    assert len(set(lengths)) > 3, "episodes in another order would differ"
+    assert 0 < expected["terminal"].sum() < len(lengths), "there are ends of both kinds"
+    assert_same(read_minari(dataset.id), expected)
+
+
+def test_an_arrow_dataset_without_pyarrow_exits(hopper, monkeypatch, exit_sentence):
+    change_metadata(hopper, data_format="arrow")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "minari.dataset._storages.arrow_storage", raising=False)
+    assert "pyarrow" in exit_sentence(load, hopper)
+
+
+def test_a_second_read_comes_from_the_cache_and_nothing_is_written_beside_the_dataset(datasets, hopper, monkeypatch):
+    files = lambda: {path: path.stat().st_mtime_ns for path in datasets.rglob("*")}
+    before, expected = files(), by_hand(hopper)
+    read_minari(hopper)
+    monkeypatch.setattr(minari.MinariDataset, "iterate_episodes", lambda *_: pytest.fail("read again"))
+    assert_same(read_minari(hopper), expected)
+    assert files() == before
+
+
+def test_the_cache_is_rebuilt_when_the_dataset_changes(datasets, hopper):
+    old, _ = read_minari(hopper)
+    with h5py.File(datasets / hopper / ARRAYS, "r+") as file:
+        file["episode_0/rewards"][0] = 1234.0
+    new, _ = read_minari(hopper)
+    assert new.reward[0] == 1234.0
+    np.testing.assert_array_equal(new.reward[1:], old.reward[1:])
+
+
+def test_another_selection_of_a_dict_observation_is_not_taken_from_the_cache(datasets):
+    dataset = record(make_gym_env("PointMaze_UMaze-v3", max_episode_steps=5), "test/pointmaze/random-v0", 2)
+    for keys in (("observation",), ("desired_goal", "observation")):
+        assert_same(read_minari(dataset.id, keys), by_hand(dataset.id, *keys))
+
+
+def test_a_truncated_cache_is_rebuilt(hopper):
+    for size in (20_000, 30, 0):
+        read_minari(hopper)
+        (file,) = (path for path in harness.CACHE.rglob("*") if path.is_file())
+        assert file.stat().st_size > size
+        os.truncate(file, size)
+        assert_same(read_minari(hopper), by_hand(hopper))
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(hopper, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(harness, "CACHE", tmp_path / "file" / "cache")
+    assert_same(read_minari(hopper), by_hand(hopper))
+    assert "could not be cached" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------- from data to task
+
+
+def test_pointmaze_is_relabelled_by_the_distance_of_the_next_position_to_the_goal_cell(datasets):
+    env = make_gym_env("PointMaze_UMaze-v3", continuing_task=True, max_episode_steps=40)
+    raw = by_hand(record(env, "test/pointmaze/random-v0", 12).id, "observation")
+    # The 5 x 5 maze has cells of 1 and its middle at (0, 0): (row, column) = (1, 1) is x = -1, y = 1.
+    success = np.hypot(raw["next_obs"][:, 0] + 1, raw["next_obs"][:, 1] - 1) <= 0.45
+    assert 0 < success.sum() < len(success)
+    assert (success != raw["reward"]).any(), "the data's own goals are others"
+    loaded, behaviour = load("test/pointmaze/random-v0", "iql_antmaze")
+    np.testing.assert_array_equal(loaded.terminal, success)
+    np.testing.assert_array_equal(loaded.reward, success - 1.0)
+    np.testing.assert_array_equal(behaviour.scores, 100 * success.reshape(12, 40).any(axis=1))
+    assert behaviour.statistics["behaviour_score"] == pytest.approx(behaviour.scores.mean())
+    for path, positions in zip(behaviour.paths, raw["obs"][:, :2].reshape(12, 40, 2), strict=True):
+        np.testing.assert_allclose(path, positions, rtol=1e-6)
+
+
+def dataset_of(rewards: list[list[float]], height: list[list[float]] | None = None) -> tuple[Dataset, np.ndarray]:
+    """Episodes of the given rewards and their ends; `height` becomes coordinate 26 of their next observations."""
+    reward = np.concatenate(rewards).astype(np.float32)
+    next_obs = np.ones((len(reward), 45), np.float32)
+    if height is not None:
+        next_obs[:, 26] = np.concatenate(height)
+    obs = np.arange(len(reward), dtype=np.float32)[:, None]
+    ends = np.cumsum([len(episode) for episode in rewards])
+    return Dataset(obs, np.zeros((len(reward), 2)), reward, next_obs, np.zeros_like(reward)), ends
+
+
+HEIGHTS = [[0.2, 0.07, 0.2, 0.2], [0.2, 0.2, 0.2, 0.08], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "max_steps", "rewards", "height", "expected"),
+    [
+        ("Hopper", 3, [[1, 2, 3, 100], [5], [0, 0, 7]], None, [6, 5, 7]),  # up to the horizon
+        ("Hopper", None, [[1, 2, 3, 100], [5]], None, [106, 5]),
+        ("AdroitHandPen", 100, [[1, 2, 4, 8], [1, 2, 4, 8], [16, 32]], HEIGHTS, [3, 15, 16]),  # with the drop's step
+        ("AdroitHandPen", 100, [[1.0] * 150], None, [100]),
+        ("AntMaze_UMaze", 3, [[0, 1, 1], [0, 0], [0, 0, 0, 1]], None, [1, 0, 0]),  # the best step
+        ("FrankaKitchen", 280, [[0, 1, 1, 3], [0, 2, 2]], None, [3, 2]),
+    ],
+)
+def test_what_an_episode_of_the_behaviour_is_worth(name, max_steps, rewards, height, expected):
+    environment = ENVIRONMENTS[name]._replace(max_steps=max_steps)
+    np.testing.assert_array_equal(behaviour_returns(*dataset_of(rewards, height), environment), expected)
+
+
+def test_behaviour_is_scored_as_the_evaluation_environment_scores_the_same_actions(datasets):
+    dataset = record(make_gym_env("AdroitHandPen-v1", max_episode_steps=120), "test/pen/random-v0", 3)
+    pen, played = ENVIRONMENTS["AdroitHandPen"], []
+    env = make_env(pen)
+    for i, episode in enumerate(dataset.iterate_episodes()):
+        env.reset(seed=i)
+        total, t, done = 0.0, 0, False
+        while not done:
+            _, reward, terminated, truncated, _ = env.step(episode.actions[t])
+            total, t, done = total + reward, t + 1, terminated or truncated
+        assert len(episode) == 120
+        played.append(total)
+    loaded, behaviour = load(dataset.id)
+    np.testing.assert_allclose(behaviour.scores, normalized_score(pen, np.array(played)), rtol=1e-4)
+    assert (loaded.next_obs[:, 26] < 0.075).any(), "the pen was dropped"
+    assert not loaded.terminal.any(), "which ends no episode of Minari's data"
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected", "constant"),  # the last: of rewards that are 2 everywhere
+    [
+        ("none", [-1.0, 0.0, 1.0, 3.0], 2.0),
+        ("normalize", [-1.0, -0.5, 0.0, 1.0], 0.0),
+        ("cql_antmaze", [-6.0, -2.0, 2.0, 10.0], 6.0),
+        ("iql_antmaze", [-2.0, -1.0, 0.0, 2.0], 1.0),
+        ("iql_locomotion", [-200.0, 0.0, 200.0, 600.0], 2.0),  # 1000 / (4 - -1) = 200
+    ],
+)
+def test_reward_rules(rule, expected, constant, capsys):
+    shaped = shape_reward(np.array([-1.0, 0.0, 1.0, 3.0], np.float32), np.array([-1.0, 4.0]), rule)
+    np.testing.assert_allclose(shaped, expected, rtol=1e-6)
+    assert shaped.dtype == np.float32
+    assert capsys.readouterr().out == ""
+    shaped = shape_reward(np.full(4, 2.0, np.float32), np.array([4.0, 4.0]), rule)
+    np.testing.assert_array_equal(shaped, np.full(4, constant))
+    assert "Warning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scores", [[1, 6, -9, 10, 5], [0, 1, 1, 1, 1]])
+@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.4, 0.6, 0.8, 1.0])
+def test_bc_keeps_the_best_episodes_whole_and_in_their_order(fraction, scores):
+    dataset, ends = dataset_of([[0, 1], [5, 0, 1], [-9], [10], [3, 2]])
+    behaviour = Behaviour({}, ends, np.array(scores), np.zeros(1), np.ones(1), [])
+    best = bc.best_episodes(dataset, behaviour, fraction)
+    ranking = [3, 1, 4, 0, 2] if scores[0] == 1 else [1, 2, 3, 4, 0]  # of equally good ones the first
+    kept = np.isin([0, 0, 1, 1, 1, 2, 3, 4, 4], ranking[: max(1, round(5 * fraction))])
+    for array, of_best in zip(dataset, best):
+        np.testing.assert_array_equal(of_best, array[kept])
+
+
+@pytest.mark.parametrize("normalize_obs", [False, True])
+def test_policies_learn_from_and_act_by_observations_of_one_scale(
+    hopper, normalize_obs, monkeypatch, tmp_path, quick_compilation
+):
+    """Standardised by the mean and by the deviation plus 1e-3, if at all."""
+    learned, seen = [], []
+    monkeypatch.setattr(bc, "train_chunk", lambda state, _, __, data, *rest: (learned.append(data) or state, {}))
+    monkeypatch.setattr(bc, "act", lambda _, obs, *rest: seen.append(obs) or np.zeros((1, 1, 3), np.float32))
+    args = {"num_updates": 1, "eval_episodes": 1, "normalize_obs": normalize_obs, "run_dir": str(tmp_path / "run")}
+    bc.train(bc.Args(dataset_id=hopper, **args))
+    raw = by_hand(hopper)
+    mean, std = (raw["obs"].mean(axis=0), raw["obs"].std(axis=0) + 1e-3) if normalize_obs else (0, 1)
+    np.testing.assert_allclose(learned[0].obs, (raw["obs"] - mean) / std, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(learned[0].next_obs, (raw["next_obs"] - mean) / std, rtol=1e-3, atol=1e-4)
+    start = (seen[0] * std + mean)[0, 0]
+    assert start[0] == pytest.approx(1.25, abs=0.01), "the hopper's torso starts at a height of 1.25"
+    np.testing.assert_allclose(start[1:], 0, atol=0.01)
+
+
+# ------------------------------------------------------------------------------------------------ damage, absence
+
+
+def spoil(folder, column: str, value: float | None):
+    """Overwrites the last entry of a column of episode 1; without a value, removes it."""
+    with h5py.File(folder / ARRAYS, "r+") as file:
+        array = file[f"episode_1/{column}"]
+        if value is None:
+            array.resize(len(array) - 1, axis=0)
+        else:
+            array[-1] = value
+
+
+DAMAGES = {
+    "a file cut in half": lambda folder: os.truncate(folder / ARRAYS, (folder / ARRAYS).stat().st_size // 2),
+    "metadata cut": lambda folder: os.truncate(folder / "data/metadata.json", 20),
+    "another number of steps promised": lambda folder: change_metadata("test/hopper/random-v0", total_steps=5),
+    "the environment's description cut": lambda folder: change_metadata("test/hopper/random-v0", env_spec="{"),
+    "an infinite action": lambda folder: spoil(folder, "actions", np.inf),
+    "a last observation that is no number": lambda folder: spoil(folder, "observations", np.nan),
+    "an observation too few": lambda folder: spoil(folder, "observations", None),
+    "a termination too few": lambda folder: spoil(folder, "terminations", None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_dataset_exits_with_a_sentence_that_names_it(datasets, hopper, damage, exit_sentence):
+    DAMAGES[damage](datasets / hopper)
+    sentence = exit_sentence(load, hopper)
+    assert f"Dataset {hopper} in {datasets / hopper} is damaged" in sentence
+
+
+def test_an_arrow_dataset_with_a_damaged_part_exits(datasets, exit_sentence):
+    dataset = record_hopper(num_episodes=3, data_format="arrow")
+    part = datasets / dataset.id / "data" / "1" / "part-0.arrow"
+    os.truncate(part, part.stat().st_size // 2)
+    assert f"Dataset {dataset.id}" in exit_sentence(load, dataset.id)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "dataset_id", "named"),
+    [
+        ("pen-human", None, ["`minari download D4RL/pen/human-v2`", "pointmaze-umaze", "`minari list local`"]),
+        ("pen-human", "some/one/else-v3", ["`minari download some/one/else-v3`"]),
+        ("hopper-medium-replay", None, ["--dataset-path (Minari's remote may have no medium-replay data)"]),
+    ],
+)
+def test_a_missing_dataset_without_network_exits_soon_with_the_command(
+    env_id, dataset_id, named, datasets, exit_sentence
+):
+    start = time.monotonic()
+    sentence = exit_sentence(resolve_task, env_id, dataset_id)
+    assert time.monotonic() - start < 5
+    assert "Connection refused" in sentence
+    for part in (*named, str(datasets)):
+        assert part in sentence
+    assert "remove" not in sentence
+
+
+def test_an_incomplete_dataset_is_to_be_removed_but_never_a_folder_of_others(datasets, hopper, exit_sentence):
+    for dataset_id in ("test/hopper", "test", ""):
+        assert "remove" not in exit_sentence(resolve_task, "", dataset_id)
+    (datasets / hopper / "data" / "metadata.json").unlink()
+    assert f"{datasets / hopper} is incomplete (no data/metadata.json): remove it" in exit_sentence(load, hopper)
+
+
+@pytest.fixture
+def answering_hub(monkeypatch):
+    """A hub that answers; what it sends is up to `minari.download_dataset`."""
+
+    def head(url, timeout):
+        assert url == huggingface_hub.constants.ENDPOINT
+        assert 1 < timeout < 15, "seconds; without, a network that never answers would be waited for"
+
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
+    monkeypatch.setattr(minari, "download_dataset", record_hopper)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("the line went dead\nand more"), KeyboardInterrupt()])
+def test_a_failed_download_leaves_nothing(error, datasets, answering_hub, monkeypatch, exit_sentence):
+    def partly(dataset_id):
+        record_hopper(dataset_id, 1)
+        raise error
+
+    monkeypatch.setattr(minari, "download_dataset", partly)
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            resolve_task("", "some/hopper/random-v0")
+    else:
+        sentence = exit_sentence(resolve_task, "", "some/hopper/random-v0")
+        assert "could not be downloaded (the line went dead). Download it" in sentence
+    assert list(datasets.iterdir()) == []
+
+
+def test_a_download_arrives_where_minari_finds_it(datasets, answering_hub):
+    task = resolve_task("", "some/hopper/random-v0")
+    assert task.environment == TASKS["hopper-medium"].environment
+    assert list(minari.list_local_datasets()) == ["some/hopper/random-v0"]
+    assert [path.name for path in datasets.iterdir()] == ["some"], "the temporary folder is gone"
+    assert os.environ["MINARI_DATASETS_PATH"] == str(datasets)
+    assert load("some/hopper/random-v0")[1].statistics["episodes"] == 12
+
+
+def test_without_minari_datasets_path_the_default_folder_is_used_and_the_variable_stays_unset(
+    datasets, answering_hub, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("MINARI_DATASETS_PATH")
+    resolve_task("", "some/hopper/random-v0")
+    assert "MINARI_DATASETS_PATH" not in os.environ
+    assert (tmp_path / ".minari/datasets/some/hopper/random-v0/data/metadata.json").exists()
+
+
+# -------------------------------------------------------------------------------------------------- real datasets
+
+
+@pytest.mark.parametrize(
+    ("dataset_id", "episodes", "score"),
+    [
+        ("edp/hopper/expert-v0", 123, pytest.approx(77.7, abs=0.5)),
+        ("edp/antmaze/umaze-play-v0", 286, pytest.approx(78.0, abs=0.5)),
+        # 60 other episodes of this behaviour scored 104; one episode's score deviates by some 60.
+        ("dapg/pen/expert-v0", 250, pytest.approx(104, abs=15)),
+    ],
+)
+def test_local_datasets_are_what_their_description_says(local_datasets, dataset_id, episodes, score):
+    task = resolve_task("", dataset_id)
+    loaded, behaviour = load_dataset(task, task.environment.domain.reward_rule)
+    assert behaviour.statistics["transitions"] == len(loaded.reward) == minari.load_dataset(dataset_id).total_steps
+    assert (len(behaviour.scores), behaviour.statistics["behaviour_score"]) == (episodes, score)

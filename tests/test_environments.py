@@ -1,0 +1,210 @@
+"""Evaluation against hand-written loops over Gymnasium's own environments."""
+
+import subprocess
+import sys
+import tempfile
+
+import gymnasium
+import numpy as np
+import pytest
+
+from common.harness import Evaluator, environments, pointmaze
+from common.harness.datasets import cell_centre
+from common.harness.environments import make_env, make_gym_env
+from common.harness.tasks import ENVIRONMENTS
+
+HOPPER = ENVIRONMENTS["Hopper"]
+
+
+def wild_policy(obs, step: int):
+    """Actions for the hopper that look random but depend on its observation alone: episodes of many lengths."""
+    weights = np.random.default_rng(0).standard_normal((11, 3))
+    products = np.asarray(obs, np.float32)[..., None] * weights
+    return np.sin(100 * products.sum(axis=-2))  # `@` would round by the size of the batch
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """Environments that remember the seeds of their resets and count the steps since."""
+
+    class Spy(gymnasium.Wrapper):
+        def reset(self, *, seed=None, options=None):
+            self.seeds, self.steps = [*getattr(self, "seeds", []), seed], 0
+            return self.env.reset(seed=seed, options=options)
+
+        def step(self, action):
+            self.steps += 1
+            return self.env.step(action)
+
+    monkeypatch.setattr(environments, "make_env", lambda environment: Spy(make_env(environment)))
+
+
+def rollout(env, seed: int, act) -> tuple[float, int]:
+    """(return, length) of one episode; `act(obs, step)` is given float32 observations."""
+    obs, _ = env.reset(seed=seed)
+    total, length, done = 0.0, 0, False
+    while not done:
+        action = act(np.asarray(obs, np.float32)[None, None], length)[0, 0]
+        obs, reward, terminated, truncated, _ = env.step(action)
+        total, length, done = total + reward, length + 1, terminated or truncated
+    return total, length
+
+
+# ------------------------------------------------------------------------------------------------------ episodes
+
+
+def test_returns_are_those_of_a_plain_loop_and_only_first_episodes_count(spied):
+    evaluate = Evaluator(HOPPER, [0, 1], 4)
+    episodes = evaluate(wild_policy, update=1)
+    env = gymnasium.make("Hopper-v5")
+    for i, j in np.ndindex(2, 4):
+        spy = evaluate.envs[i][j]
+        total, length = rollout(env, spy.seeds[0], wild_policy)
+        assert episodes.returns[i, j] == pytest.approx(total, rel=1e-6)
+        assert episodes.lengths[i, j] == spy.steps == length, "a copy is left alone when its episode is over"
+    assert len(np.unique(episodes.lengths)) > 2, "episodes of one length would show nothing"
+    assert (episodes.paths, episodes.maze) == ([], None)
+
+
+def test_every_seed_update_and_episode_starts_differently(spied):
+    evaluate = Evaluator(HOPPER, [0, 1, 2], 3)
+    for update in (10, 20, 30):
+        evaluate(wild_policy, update)
+    seeds = [seed for row in evaluate.envs for spy in row for seed in spy.seeds]
+    assert len(set(seeds)) == 27
+
+
+def test_an_evaluation_is_a_function_of_seed_and_update_alone():
+    """Not of other seeds, of evaluations before, or of the number of episodes."""
+    together = Evaluator(HOPPER, [4, 5, 6], 3)
+    first, other, again = (together(wild_policy, update) for update in (10, 20, 10))
+    np.testing.assert_array_equal(first.returns, again.returns)
+    assert not np.isin(other.returns, first.returns).any()
+    alone = Evaluator(HOPPER, [5], 2)(wild_policy, 10)
+    np.testing.assert_array_equal(alone.returns[0], first.returns[1, :2])
+    np.testing.assert_array_equal(alone.lengths[0], first.lengths[1, :2])
+
+
+# ----------------------------------------------------------------------------------------------------- protocols
+
+
+@pytest.mark.parametrize(("name", "horizon"), [("AdroitHandDoor", 200), ("PointMaze_UMaze", 300)])
+def test_doing_nothing_lasts_until_the_horizon(name, horizon):
+    env = make_env(ENVIRONMENTS[name])
+    action = np.zeros((1, 1, *env.action_space.shape), np.float32)
+    assert rollout(env, 0, lambda obs, step: action)[1] == horizon
+
+
+def test_a_pen_episode_ends_with_its_drop_and_else_after_100_steps():
+    pen, rng, heights, terminated = ENVIRONMENTS["AdroitHandPen"], np.random.default_rng(0), [], False
+    assert rollout(make_env(pen._replace(drop_below=None)), 0, lambda obs, step: np.zeros((1, 1, 24)))[1] == 100
+    env = make_env(pen)
+    env.reset(seed=0)
+    while not terminated:
+        obs, _, terminated, truncated, _ = env.step(rng.uniform(-1, 1, 24).astype(np.float32))
+        heights.append(obs[26])
+        assert not truncated
+    assert min(heights[:-1]) >= 0.075 > heights[-1]
+
+
+def test_a_pen_played_at_random_returns_about_64():
+    # D4RL's reference of a random policy (96) fits this protocol only: without the end at a drop such episodes return
+    # about -150 in 100 steps and -650 in 200. One episode's return deviates by some 180, the mean of 40 by 29.
+    rng = np.random.default_rng(0)
+    evaluate = Evaluator(ENVIRONMENTS["AdroitHandPen"], [0], 10)
+    returns = [evaluate(lambda obs, step: rng.uniform(-1, 1, (1, 10, 24)), update).returns for update in range(4)]
+    assert np.mean(returns) == pytest.approx(64, abs=90)
+
+
+# --------------------------------------------------------------------------------------------------------- mazes
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "goal"),
+    # Centres of the cells (row, column), in cells from the middle of the maze, times the size of a cell.
+    [
+        ("PointMaze_UMaze", (-1, -1), (-1, 1)),
+        ("PointMaze_Medium", (-2.5, 2.5), (2.5, -2.5)),
+        ("PointMaze_Large", (-4.5, 3), (3.5, -3)),
+        ("AntMaze_UMaze", (-4, -4), (-4, 4)),
+        ("AntMaze_Medium", (-10, 10), (10, -10)),
+        ("AntMaze_Large", (-18, 12), (14, -12)),
+    ],
+)
+def test_mazes_start_near_their_cell_and_end_at_their_goal(name, start, goal):
+    """A point's goal is the exact centre, unseen; an ant sees its goal, up to a quarter of a cell (4) beside it."""
+    environment, positions = ENVIRONMENTS[name], []
+    np.testing.assert_allclose([cell_centre(environment.gym_id, cell) for cell in environment.cells], [start, goal])
+    env = make_env(environment)
+    for seed in range(4):
+        obs, _ = env.reset(seed=seed)
+        positions.append(obs[:2])
+        if name.startswith("Point"):
+            np.testing.assert_allclose(env.unwrapped.goal, goal)
+            assert obs.shape == (4,)
+        else:
+            assert obs.shape == (31,)
+            assert np.abs(obs[29:] - goal).max() <= 1.0
+    assert np.abs(np.array(positions) - start).max() <= (0.251 if name.startswith("Point") else 1.1)
+    assert np.std(positions, axis=0).min() > 0.01, "the start keeps its noise"
+
+
+def test_reaching_the_goal_pays_once_and_ends_the_episode():
+    environment = ENVIRONMENTS["PointMaze_UMaze"]
+    maze = make_gym_env(environment.gym_id).unwrapped.maze
+    route = pointmaze.next_cells(maze.maze_map, environment.cells[1])
+
+    def act(obs, step):
+        def towards(one):
+            cell = tuple(int(i) for i in maze.cell_xy_to_rowcol(one[:2]))
+            return np.clip(10 * (maze.cell_rowcol_to_xy(np.array(route[cell])) - one[:2]) - one[2:], -1, 1)
+
+        return np.apply_along_axis(towards, -1, obs).astype(np.float32)
+
+    episodes = Evaluator(environment, [0, 1], 3)(act, 1)
+    np.testing.assert_array_equal(episodes.returns, np.ones((2, 3)))
+    assert (episodes.lengths < 300).all()
+    assert episodes.maze.maze_map == maze.maze_map
+    for path, length in zip(episodes.paths, episodes.lengths[0], strict=True):
+        assert path.shape == (length + 1, 2), "of the first seed, with the last position"
+        assert np.abs(path[0] - (-1, -1)).max() < 0.3
+        distance = np.hypot(*(path - (-1, 1)).T)
+        assert distance[:-1].min() > 0.45 >= distance[-1], "the goal is the centre of its cell"
+
+
+def test_an_ant_at_its_goal_is_paid_and_done():
+    env = make_env(ENVIRONMENTS["AntMaze_UMaze"])
+    obs, _ = env.reset(seed=0)
+    ant = env.unwrapped.ant_env
+    position, velocity = ant.data.qpos.copy(), ant.data.qvel.copy()
+    position[:2] = obs[29:]
+    ant.set_state(position, velocity)
+    _, reward, terminated, _, _ = env.step(np.zeros(8, np.float32))
+    assert (reward, terminated) == (1, True)
+
+
+# --------------------------------------------------------------------------------------------------------- quiet
+
+
+@pytest.mark.parametrize("name", ["AntMaze_UMaze", "PointMaze_UMaze"])
+def test_making_a_maze_leaves_no_temporary_file(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    env = make_env(ENVIRONMENTS[name])
+    env.reset(seed=0)
+    assert list(tmp_path.iterdir()) == []
+    assert tempfile.gettempdir() == str(tmp_path)
+
+
+QUIET = """
+from common.harness.environments import make_env
+from common.harness.tasks import ENVIRONMENTS
+for name in ("Hopper", "AntMaze_UMaze", "AdroitHandPen", "PointMaze_UMaze", "FrankaKitchen"):
+    env = make_env(ENVIRONMENTS[name])
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
+"""
+
+
+def test_importing_making_and_playing_prints_nothing():
+    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
