@@ -35,11 +35,11 @@ def test_the_table_holds_the_papers_twenty_tasks_and_three_pointmazes():
 @pytest.mark.parametrize(
     ("env_ids", "expected"),  # Table 3, IQL's temperature 1 / beta, D4RL's numbers of episodes
     [
-        (LOCOMOTION, (3e-4, 1.0, 2_000_000, "none", "iql_locomotion", 0.7, 1 / 3, 10_000, 10)),
-        (ANTMAZE, (3e-4, 1.0, 1_000_000, "cql_antmaze", "iql_antmaze", 0.9, 1 / 10, 10_000, 100)),
-        (ADROIT, (3e-5, 0.1, 1_000_000, "normalize", "normalize", 0.7, 1 / 0.5, 10_000, 10)),
-        (KITCHEN, (3e-4, 0.005, 1_000_000, "normalize", "normalize", 0.7, 1 / 0.5, 10_000, 10)),
-        (POINTMAZE, (3e-4, 1.0, 10_000, "cql_antmaze", "iql_antmaze", 0.9, 1 / 10, 2_000, 100)),
+        (LOCOMOTION, (3e-4, 1.0, 2_000_000, "none", "iql_locomotion", 0.7, 1 / 3, 10_000, 10, "paper")),
+        (ANTMAZE, (3e-4, 1.0, 1_000_000, "cql_antmaze", "iql_antmaze", 0.9, 1 / 10, 10_000, 100, "paper")),
+        (ADROIT, (3e-5, 0.1, 1_000_000, "normalize", "normalize", 0.7, 1 / 0.5, 10_000, 10, "paper")),
+        (KITCHEN, (3e-4, 0.005, 1_000_000, "normalize", "normalize", 0.7, 1 / 0.5, 10_000, 10, "paper")),
+        (POINTMAZE, (3e-4, 1.0, 10_000, "cql_antmaze", "iql_antmaze", 0.9, 1 / 10, 2_000, 100, "fast")),
     ],
 )
 def test_hyperparameters_of_the_domains(env_ids, expected):
@@ -176,17 +176,35 @@ class SomeArgs:
     gamma: UnitInterval[float] = 0.5
     seed: NonNegative[int] = 0
     num_seeds: Positive[int] = 1
+    preset: str | None = None
+    tau: float = 0.005
+    normalize_obs: bool = False
 
 
 def test_domain_defaults_fill_only_what_is_none():
     pen, antmaze, pointmaze = (TASKS[env_id].environment.domain for env_id in ("pen-human", ANTMAZE[0], POINTMAZE[0]))
     filled = with_domain_defaults(SomeArgs(eta=0.0, num_updates=30_000), pen)
-    assert filled == SomeArgs(30_000, 10_000, 3e-5, 0.0, "normalize")
+    assert filled == SomeArgs(30_000, 10_000, 3e-5, 0.0, "normalize", preset="paper")
     assert with_domain_defaults(SomeArgs(), antmaze).reward_rule == "cql_antmaze"
     assert with_domain_defaults(SomeArgs(), antmaze, iql=True).reward_rule == "iql_antmaze"
     assert with_domain_defaults(SomeArgs(reward_rule="none"), antmaze, iql=True).reward_rule == "none"
     assert with_domain_defaults(SomeArgs(num_updates=100), pointmaze).eval_every == 100, "shorter than the interval"
     assert with_domain_defaults(SomeArgs(num_updates=100, eval_every=50), pointmaze).eval_every == 50
+
+
+@pytest.mark.parametrize(
+    ("env_id", "preset", "tau", "expected"),
+    [
+        ("pen-human", None, 0.005, (0.005, False)),
+        ("pen-human", "fast", 0.005, (0.2, True)),
+        ("pointmaze-umaze", None, 0.005, (0.2, True)),
+        ("pointmaze-umaze", None, 0.1, (0.1, True)),  # a flag that is given stays
+        ("pointmaze-umaze", "paper", 0.005, (0.005, False)),
+    ],
+)
+def test_the_fast_preset_sets_what_was_not_given(env_id, preset, tau, expected):
+    args = with_domain_defaults(SomeArgs(preset=preset, tau=tau), TASKS[env_id].environment.domain)
+    assert (args.tau, args.normalize_obs) == expected
 
 
 @pytest.mark.parametrize(
