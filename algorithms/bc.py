@@ -9,7 +9,7 @@
 Run:  python algorithms/bc.py --env-id pointmaze-umaze --num-seeds 2
       python algorithms/bc.py --env-id pointmaze-umaze --policy diffusion --top-fraction 0.1
 
-D20 paper: Table 3 holds EDP's learning rates; feed-forward policies learn at 3e-4 everywhere, as in their papers.
+D20 paper: no rate for feed-forward policies; here 3e-4 in every domain, as in TD3+BC's and IQL's own code.
 D25 paper: it does not say by what the best 10 % are chosen; here by the score under the evaluation protocol.
 All differences from the paper and from the official code are in docs/differences.md.
 """
@@ -27,7 +27,8 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from common.diffusion import Prediction, ScheduleName, corrupt, ddpm_sample, implied_noise, make_schedule
 from common.dpm_solver import dpm_solver_sample, solver_orders
-from common.harness import Behaviour, Dataset, Evaluator, NonNegative, Positive, Run, UnitInterval, load_dataset, setup
+from common.harness import Behaviour, Dataset, Evaluator, Preset, Run, load_dataset, setup
+from common.harness.flags import NonNegative, Positive, UnitInterval
 from common.networks import GaussianPolicy, NoisePredictor
 
 
@@ -44,6 +45,8 @@ class Args:
     """any Minari dataset, remote or local; its own environment then replaces --env-id"""
     dataset_path: str | None = None
     """an original D4RL file (HDF5) of the task, in place of Minari's data"""
+    preset: Preset | None = None
+    """paper; fast, for few updates: tau 0.2, layer norm, predicted actions, normalised observations; pointmaze: fast"""
     normalize_obs: bool = False
     """standardise observations by the dataset's mean and deviation"""
     seed: NonNegative[int] = 0

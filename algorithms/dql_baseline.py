@@ -28,7 +28,8 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from common.diffusion import Prediction, ScheduleName, corrupt, ddpm_sample, implied_noise, make_schedule
 from common.dpm_solver import dpm_solver_sample, solver_orders
-from common.harness import Dataset, Evaluator, NonNegative, Positive, RewardRule, Run, UnitInterval, load_dataset, setup
+from common.harness import Dataset, Evaluator, Preset, RewardRule, Run, load_dataset, setup
+from common.harness.flags import NonNegative, Positive, UnitInterval
 from common.networks import Critic, NoisePredictor, init_twin_critics, twin_q
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -50,6 +51,8 @@ class Args:
     """an original D4RL file (HDF5) of the task, in place of Minari's data"""
     reward_rule: RewardRule | None = None
     """shape of the rewards: locomotion none (IQL iql_locomotion), mazes cql_antmaze (iql_antmaze), else normalize"""
+    preset: Preset | None = None
+    """paper; fast, for few updates: tau 0.2, layer norm, predicted actions, normalised observations; pointmaze: fast"""
     normalize_obs: bool = False
     """standardise observations by the dataset's mean and deviation"""
     seed: NonNegative[int] = 0

@@ -15,7 +15,7 @@ D1  paper: Alg. 1 prints a' ~ pi_theta; here, as in the official code, a' comes 
 D2  paper: a-hat^0 is not clipped; here, as in the official code, it is, and no gradient passes an active clip.
 D10 paper: Eq. 13 lacks the 1/2 of a Gaussian's log-density, which the official code has.
 D12 paper: Eq. 12 divides by 1 - alpha_bar^{k-1}, 0 at k = 1; official code: by 1 - alpha_bar^k; here to mean 1.
-D27 Table 3's eta for adroit and kitchen is Diffusion-QL's; official code: 1. 0.005 leaves f's term 6 % of the loss.
+D27 official code: eta is 1 in every task; the kitchen's 0.005 (Table 3) leaves f's term a few percent of the loss.
 All differences from the paper and from the official code are in docs/differences.md.
 """
 
@@ -31,7 +31,8 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from common.diffusion import Prediction, ScheduleName, corrupt, ddpm_sample, implied_noise, make_schedule
 from common.dpm_solver import dpm_solver_sample, solver_orders
-from common.harness import Dataset, Evaluator, NonNegative, Positive, RewardRule, Run, UnitInterval, load_dataset, setup
+from common.harness import Dataset, Evaluator, Preset, RewardRule, Run, load_dataset, setup
+from common.harness.flags import NonNegative, Positive, UnitInterval
 from common.networks import Critic, NoisePredictor, init_twin_critics, twin_q
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -54,6 +55,8 @@ class Args:
     """an original D4RL file (HDF5) of the task, in place of Minari's data"""
     reward_rule: RewardRule | None = None
     """shape of the rewards: locomotion none (IQL iql_locomotion), mazes cql_antmaze (iql_antmaze), else normalize"""
+    preset: Preset | None = None
+    """paper; fast, for few updates: tau 0.2, layer norm, predicted actions, normalised observations; pointmaze: fast"""
     normalize_obs: bool = False
     """standardise observations by the dataset's mean and deviation"""
     seed: NonNegative[int] = 0
@@ -177,7 +180,7 @@ def diffusion_loss(
 
 def approximate_action(corruption: Corruption, args: Args) -> Float[Array, "batch act_dim"]:
     """Eq. 9: a-hat^0 = (a^k - sqrt(1 - alpha_bar^k) eps_theta) / sqrt(alpha_bar^k), clipped (D2)."""
-    if args.prediction == "action":  # and nothing has to be solved for a-hat^0
+    if args.prediction == "action":  # a-hat^0 is what the network gives
         return jnp.clip(corruption.prediction, -1, 1)
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
     signal = jnp.asarray(schedule.sqrt_alpha_bar)[corruption.k, None]
@@ -243,9 +246,8 @@ def policy_loss(
         k, noise, noisy_action, prediction = corruption
         schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
         step_weight = schedule.beta / (2 * schedule.alpha * (1 - schedule.alpha_bar))
-        predicted_noise = implied_noise(args.prediction, schedule, noisy_action, k[:, None], prediction)
-        squared_error = jnp.mean((noise - predicted_noise) ** 2, axis=1)
-        negative_log_likelihood = jnp.asarray(step_weight / step_weight.mean())[k] * squared_error
+        error = noise - implied_noise(args.prediction, schedule, noisy_action, k[:, None], prediction)
+        negative_log_likelihood = jnp.asarray(step_weight / step_weight.mean())[k] * jnp.mean(error**2, axis=1)
     guidance = jnp.mean(weight * negative_log_likelihood)
     loss = diffusion + args.eta * guidance
     metrics = {"policy_loss": loss, "diffusion_loss": diffusion, "guidance_loss": guidance, "weight": weight.mean()}

@@ -13,7 +13,7 @@ Run:  python algorithms/iql.py --env-id pointmaze-umaze --num-seeds 2
 
 D13 paper: Eq. 22 prints L_2(Q) - V; here L_2(Q' - V), with target critics as in the official code and IQL's own.
 D18 Samples of the Gaussian are clipped to [-1, 1], where the actions of the data lie.
-D20 paper: Table 3 holds EDP's learning rates; feed-forward policies learn at 3e-4 everywhere, as in their papers.
+D20 paper: no rate for feed-forward policies; here 3e-4 in every domain, as in TD3+BC's and IQL's own code.
 All differences from the paper and from the official code are in docs/differences.md.
 """
 
@@ -27,7 +27,8 @@ import optax
 import tyro
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from common.harness import Dataset, Evaluator, NonNegative, Positive, RewardRule, Run, UnitInterval, load_dataset, setup
+from common.harness import Dataset, Evaluator, Preset, RewardRule, Run, load_dataset, setup
+from common.harness.flags import NonNegative, Positive, UnitInterval
 from common.networks import Critic, GaussianPolicy, Value, init_twin_critics, twin_q
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -48,6 +49,8 @@ class Args:
     """an original D4RL file (HDF5) of the task, in place of Minari's data"""
     reward_rule: RewardRule | None = None
     """shape of the rewards: locomotion none (IQL iql_locomotion), mazes cql_antmaze (iql_antmaze), else normalize"""
+    preset: Preset | None = None
+    """paper; fast, for few updates: tau 0.2, layer norm, predicted actions, normalised observations; pointmaze: fast"""
     normalize_obs: bool = False
     """standardise observations by the dataset's mean and deviation"""
     seed: NonNegative[int] = 0

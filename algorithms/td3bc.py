@@ -12,7 +12,7 @@ Run:  python algorithms/td3bc.py --env-id pointmaze-umaze --num-seeds 2
 Table 6 of the paper: --num-eval-actions 10 is "TD3+EAS".
 
 D1  paper: Alg. 1 prints a' ~ pi_theta; here, as in the official code, a' comes from the target policy.
-D20 paper: Table 3 holds EDP's learning rates; feed-forward policies learn at 3e-4 everywhere, as in their papers.
+D20 paper: no rate for feed-forward policies; here 3e-4 in every domain, as in TD3+BC's and IQL's own code.
 D24 paper: EAS is not defined for a deterministic policy; here it chooses between clip(pi(s) + 0.2 N(0, I)).
 All differences from the paper and from the official code are in docs/differences.md.
 """
@@ -27,7 +27,8 @@ import optax
 import tyro
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from common.harness import Dataset, Evaluator, NonNegative, Positive, RewardRule, Run, UnitInterval, load_dataset, setup
+from common.harness import Dataset, Evaluator, Preset, RewardRule, Run, load_dataset, setup
+from common.harness.flags import NonNegative, Positive, UnitInterval
 from common.networks import Critic, TanhPolicy, init_twin_critics, twin_q
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -48,6 +49,8 @@ class Args:
     """an original D4RL file (HDF5) of the task, in place of Minari's data"""
     reward_rule: RewardRule | None = None
     """shape of the rewards: locomotion none (IQL iql_locomotion), mazes cql_antmaze (iql_antmaze), else normalize"""
+    preset: Preset | None = None
+    """paper; fast, for few updates: tau 0.2, layer norm, predicted actions, normalised observations; pointmaze: fast"""
     normalize_obs: bool = False
     """standardise observations by the dataset's mean and deviation"""
     seed: NonNegative[int] = 0

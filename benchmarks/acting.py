@@ -13,20 +13,20 @@ states of the data, and how far the data's actions are. A policy that cloned the
 
 import csv
 import dataclasses
+import importlib
 import itertools
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from common.data import Dataset, load_dataset, resolve_task
-from common.evaluation import Evaluator
-from common.run import TrainedRun, load_run, mean_and_deviation, seed_keys, setup
-from common.tasks import normalized_score
+from common.harness import Dataset, Evaluator, load_dataset, load_run, setup
+from common.harness.run import mean_and_deviation, seed_keys
+from common.harness.tasks import normalized_score
 
 SETTINGS = ("num_eval_actions", "policy_temperature", "init_noise_scale", "sampler", "num_solver_calls", "solver_order")
 
@@ -55,17 +55,37 @@ class Args:
     """of each evaluation, for each seed; by default as many as the run had"""
 
 
-def open_run(folder: Path) -> TrainedRun:
-    """`load_run`, or one sentence for people."""
+class Trained(NamedTuple):
+    """A finished run."""
+
+    module: Any  # the algorithm's
+    args: Any
+    state: Any
+    header: dict  # args.json, and the update of the state
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(range(self.args.seed, self.args.seed + self.args.num_seeds))
+
+    def act(self, obs, keys, step, args):
+        """Actions in [-1, 1] for observations (seeds, batch, obs_dim) as the environment gives them, keys for each."""
+        mean, std = np.float32(self.header["normalization"]) if self.args.normalize_obs else (0, 1)
+        return self.module.act(self.state, (obs - mean) / std, keys, step, args)
+
+
+def open_run(folder: Path) -> Trained:
+    """Exits with one sentence if there is no run, or a damaged one."""
     try:
-        return load_run(folder)
+        with open(folder / "checkpoint.eqx", "rb") as file:
+            module = importlib.import_module(f"algorithms.{json.loads(file.readline())['algorithm']}")
+        return Trained(module, *load_run(folder, module))
     except OSError:
         raise SystemExit(f"There is no checkpoint.eqx in {folder}/; name the folder of a run.") from None
     except (ImportError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise SystemExit(f"The checkpoint in {folder}/ is damaged, or not of this version: {error}.") from None
 
 
-def with_critics(run: TrainedRun, folder: Path, other: Path) -> TrainedRun:
+def with_critics(run: Trained, folder: Path, other: Path) -> Trained:
     """The run of `folder` with the critics of `other`; exits if they do not fit."""
     critics = getattr(open_run(other).state, "critics", None)
     shapes = lambda tree: [leaf.shape for leaf in jax.tree.leaves(tree)]
@@ -74,7 +94,7 @@ def with_critics(run: TrainedRun, folder: Path, other: Path) -> TrainedRun:
     return run._replace(state=run.state._replace(critics=critics))
 
 
-def variants(run: TrainedRun, args: Args) -> list:
+def variants(run: Trained, args: Args) -> list:
     """The run's arguments with every combination of the settings given; exits if the algorithm does not have one."""
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name)}
     for name in given:
@@ -82,23 +102,26 @@ def variants(run: TrainedRun, args: Args) -> list:
             raise SystemExit(f"{run.header['algorithm']} has no --{name.replace('_', '-')}.")
     base = dataclasses.replace(run.args, run_dir=None, eval_episodes=args.episodes or run.args.eval_episodes)
     combinations = [dict(zip(given, values)) for values in itertools.product(*given.values())]
-    return [dataclasses.replace(base, **combination) for combination in combinations]
+    try:
+        return [dataclasses.replace(base, **combination) for combination in combinations]
+    except ValueError as error:
+        raise SystemExit(f"Impossible diffusion: {error}.") from None
 
 
-def spread(run: TrainedRun, dataset: Dataset, num_states: int = 256, num_samples: int = 32) -> tuple[float, float]:
+def spread(run: Trained, dataset: Dataset, num_states: int = 256, num_samples: int = 32) -> tuple[float, float]:
     """Root mean square distances from the mean of the policy's samples at states of the data: samples', data's.
 
     Of all action dimensions and seeds, in units of the normalised action; neither is biased by the number of samples.
     """
     args = dataclasses.replace(run.args, num_eval_actions=1) if hasattr(run.args, "num_eval_actions") else run.args
     index = np.random.default_rng(0).integers(0, len(dataset.reward), num_states)
-    obs = jnp.repeat(dataset.obs[index], num_samples, axis=0)
-    obs = jnp.broadcast_to(obs, (run.args.num_seeds, *obs.shape))
-    (keys,) = seed_keys(run.seeds, 1)
-    sample = np.asarray(run.act(obs, keys, 0, args)).reshape(run.args.num_seeds, num_states, num_samples, -1)
+    obs = np.repeat(dataset.obs[index], num_samples, axis=0)
+    keys = jax.random.split(jax.random.key(0), (len(run.seeds), len(obs)))
+    sample = np.asarray(run.act(np.broadcast_to(obs, (len(run.seeds), *obs.shape)), keys, 0, args))
+    sample = sample.reshape(len(run.seeds), num_states, num_samples, -1)
     mean = sample.mean(axis=2)
     variance = np.mean((sample - mean[:, :, None]) ** 2) * num_samples / (num_samples - 1)
-    data_variance = np.mean((np.asarray(dataset.action[index]) - mean) ** 2) - variance / num_samples
+    data_variance = np.mean((dataset.action[index] - mean) ** 2) - variance / num_samples
     return float(np.sqrt(variance)), float(np.sqrt(max(data_variance, 0)))
 
 
@@ -107,19 +130,20 @@ def act_again(folder: Path, args: Args) -> None:
     run = open_run(folder)
     if args.critics is not None:
         run = with_critics(run, folder, args.critics)
-    todo = variants(run, args)
+    todo, update = variants(run, args), run.header["update"]
+    split = lambda key: jax.random.split(jax.random.fold_in(key, update), todo[0].eval_episodes)
+    keys = jax.vmap(split)(seed_keys(run.seeds, 3)[2])  # as in the run itself
     for variant in todo:
-        setup(variant)
+        _, task = setup(variant)
 
-    task = resolve_task(run.args.env_id, run.args.dataset_id, run.args.dataset_path)
-    rule, top_fraction = getattr(run.args, "reward_rule", "none"), getattr(run.args, "top_fraction", 1.0)
-    dataset, info = load_dataset(task, rule, run.args.normalize_obs, top_fraction)
-    update = run.header["update"]
-    print(f"{folder}/: {run.header['algorithm']}, update {update}; behaviour {info.behaviour_score:.1f}")
+    dataset, behaviour = load_dataset(task, "none")
+    if getattr(run.args, "top_fraction", 1) < 1:
+        dataset = run.module.best_episodes(dataset, behaviour, run.args.top_fraction)
+    score = behaviour.statistics["behaviour_score"]
+    print(f"{folder}/: {run.header['algorithm']}, update {update}; behaviour {score:.1f}")
     print("  distance from the policy's mean action: samples {:.3f}, data {:.3f}".format(*spread(run, dataset)))
 
-    evaluate = Evaluator(task.environment, run.seeds, todo[0].eval_episodes, info)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(seed_keys(run.seeds, 3)[2], update)  # as in the run itself
+    evaluate = Evaluator(task.environment, run.seeds, todo[0].eval_episodes)
     try:
         file = open(folder / "acting.csv", "a", newline="")
     except OSError as error:
@@ -129,7 +153,7 @@ def act_again(folder: Path, args: Args) -> None:
         if file.tell() == 0:
             writer.writerow(["update", "critics", *SETTINGS, "seed", "episode", "return", "length"])
         for variant in todo:
-            episodes = evaluate(lambda obs, t: run.act(obs, keys, t, variant), update)
+            episodes = evaluate(lambda obs, step: run.act(obs, keys, step, variant), update)
             settings = {name: getattr(variant, name, "") for name in SETTINGS}
             for (i, j), value in np.ndenumerate(episodes.returns):
                 row = [*settings.values(), run.seeds[i], j, repr(float(value)), episodes.lengths[i, j]]

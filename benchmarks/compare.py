@@ -1,10 +1,12 @@
 """EDP against the policies that it replaces: Table 2 of the paper, on data, seeds and updates of your choice.
 
-    python benchmarks/compare.py --data pointmaze-umaze dapg/pen/expert-v0 --flags "--num-updates 10000 --num-seeds 3"
+    python benchmarks/compare.py --data pointmaze-umaze dapg/pen/expert-v0 --flags="--num-updates 10000 --num-seeds 3"
     python benchmarks/compare.py --data --folder benchmarks/results/comparison   # runs nothing: tables of what is there
 
 Every algorithm runs on every dataset (the name of a task, or the id of a Minari dataset) with the same --flags, each
 into <folder>/<dataset>/<algorithm>/. What has run already is not run again, so an interrupted comparison can go on.
+`--condense <other folder>` keeps all runs below <folder>/, of whatever name, in three files: runs.json (the args.json
+of each), returns.csv (its eval.csv) and acting.csv, if there is one. Such a folder is read like the runs themselves.
 On a CPU `--jobs 2` gives each of two runs half of the cores, which is faster than one after the other on all of them:
 the networks are small.
 
@@ -13,6 +15,7 @@ means and deviations over seeds, and draws the learning curves: <folder>/compari
 """
 
 import csv
+import itertools
 import json
 import os
 import queue
@@ -33,8 +36,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from common.run import RAT_WINDOW, mean_and_deviation
-from common.tasks import TASKS
+from common.harness.run import RAT_WINDOW, mean_and_deviation
+from common.harness.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = {  # name in the table: file and its own flags
@@ -55,15 +58,17 @@ class Args:
     """Compare the algorithms on the same data, updates and seeds."""
 
     data: tuple[str, ...] = ("pointmaze-umaze", "pointmaze-medium")
-    """tasks (see --list-envs of any algorithm) and ids of Minari datasets"""
+    """tasks (`python -m common.harness.tasks` lists them) and ids of Minari datasets"""
     columns: tuple[str, ...] = tuple(COLUMNS)
     """algorithms, by their names in the table"""
     flags: str = ""
-    """of every run alike, in quotes"""
+    """of every run alike: --flags="--num-updates 1000 ..." with the sign of equality"""
     jobs: int = 1
     """runs at a time, on CPU each on its share of the cores"""
     folder: Path = Path("runs/comparison")
     """where the runs are, and go"""
+    condense: Path | None = None
+    """a folder to keep all of them in, in three files"""
 
 
 class Result(NamedTuple):
@@ -96,12 +101,14 @@ def run(folder: Path, column: str, dataset: str, flags: str, share: set[int]) ->
 
 
 def run_all(args: Args) -> None:
-    """Runs what has no folder yet, `args.jobs` at a time. A run that fails does not stop the others."""
-    runs = [(args.folder / folder_name(d) / folder_name(c), c, d) for d in args.data for c in args.columns]
-    missing = [run for run in runs if not run[0].exists()]
-    for folder, *_ in runs:
-        if folder.exists() and read_run(folder) is None:
-            raise SystemExit(f"{folder}/ holds a run that was cut off; delete it to run it again.")
+    """Runs what is not there yet, `args.jobs` at a time. A run that fails does not stop the others."""
+    there, missing = read_runs(args.folder), []
+    for dataset, column in itertools.product(args.data, args.columns):
+        name = f"{folder_name(dataset)}/{folder_name(column)}"
+        if name not in there and not (args.folder / name).exists():
+            missing.append((args.folder / name, column, dataset))
+        elif name not in there or result_of(*there[name]) is None:
+            raise SystemExit(f"{args.folder / name}/ holds a run that was cut off; delete it to run it again.")
 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     shares = queue.SimpleQueue()
@@ -125,37 +132,69 @@ def run_all(args: Args) -> None:
         raise SystemExit(f"{succeeded.count(False)} of {len(missing)} runs failed; the others are in {args.folder}/.")
 
 
-def read_run(folder: Path) -> Result | None:
-    """The scores of a run, from its args.json and the raw returns of its eval.csv; None if it has not finished."""
-    if not (folder / "eval.csv").exists():
+def read_csv(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def read_runs(folder: Path) -> dict[str, tuple[dict, list[dict]]]:
+    """(args.json, rows of eval.csv) of runs by name: those condensed in `folder`, those with a folder below it."""
+    runs = {}
+    if (folder / "runs.json").exists():
+        runs = {name: (header, []) for name, header in json.loads((folder / "runs.json").read_text()).items()}
+        for row in read_csv(folder / "returns.csv"):
+            runs[row["run"]][1].append(row)
+    for file in sorted(folder.rglob("eval.csv")):
+        header = json.loads(file.with_name("args.json").read_text())
+        runs[file.parent.relative_to(folder).as_posix()] = header, read_csv(file)
+    return runs
+
+
+def condense(folder: Path, into: Path) -> None:
+    """All runs of `folder`, values as they are written there; without what only their checkpoints need."""
+    runs, columns = read_runs(folder), ["run", "seed", "update", "episode", "return", "length"]
+    headers = {name: {k: v for k, v in header.items() if k != "normalization"} for name, (header, _) in runs.items()}
+    tables = {"returns.csv": (columns, [row | {"run": name} for name, (_, rows) in runs.items() for row in rows])}
+    files = sorted(folder.rglob("acting.csv"))
+    acting = [{"run": file.parent.relative_to(folder).as_posix()} | row for file in files for row in read_csv(file)]
+    if acting:
+        tables["acting.csv"] = list(acting[0]), acting
+    into.mkdir(parents=True, exist_ok=True)
+    (into / "runs.json").write_text(json.dumps(headers, indent=1) + "\n")
+    for name, (columns, rows) in tables.items():
+        with open(into / name, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def result_of(header: dict, rows: list[dict[str, str]]) -> Result | None:
+    """The scores of a run, from its args.json and its raw returns; None if it has not finished."""
+    args = header["args"]
+    if not rows or int(rows[-1]["update"]) != args["num_updates"]:
         return None
-    header = json.loads((folder / "args.json").read_text())
-    with open(folder / "eval.csv", newline="") as file:
-        rows = [(int(row["update"]), int(row["seed"]), float(row["return"])) for row in csv.DictReader(file)]
-    if not rows or rows[-1][0] != header["args"]["num_updates"]:
-        return None
-    updates, seeds, returns = zip(*rows)
+    updates = np.unique([int(row["update"]) for row in rows])
+    returns = np.reshape([float(row["return"]) for row in rows], (len(updates), args["num_seeds"], -1))
     low, high = header["reference_returns"] or (0, 100)
-    shape = len(set(updates)), len(set(seeds)), -1
-    scores = 100 * (np.reshape(returns, shape).mean(axis=2) - low) / (high - low)
-    settings = {name: header["args"][name] for name in ("num_updates", "batch_size", "seed", "num_seeds")}
-    return Result(settings, np.unique(updates), scores, header["dataset"]["behaviour_score"])
+    scores = 100 * (returns.mean(axis=2) - low) / (high - low)
+    settings = {name: args[name] for name in ("num_updates", "batch_size", "seed", "num_seeds")}
+    return Result(settings, updates, scores, header["dataset"]["behaviour_score"])
 
 
 def read_all(folder: Path) -> dict[str, dict[str, Result]]:
     """Finished runs by dataset and column, both in the order of the table; exits if a dataset's are not comparable."""
     results: dict[str, dict[str, Result]] = {}
-    for column in COLUMNS:
-        for file in sorted(folder.glob(f"*/{folder_name(column)}/args.json")):
-            if result := read_run(file.parent):
-                runs = results.setdefault(file.parts[-3], {})
-                runs[column] = result
-                first = next(iter(runs))
-                if result.settings != runs[first].settings:
-                    raise SystemExit(
-                        f"In {file.parents[1]}/, {first} has {runs[first].settings} and {column} {result.settings}; "
-                        "choose another --folder, or delete what does not belong there."
-                    )
+    for column, (name, run) in itertools.product(COLUMNS, sorted(read_runs(folder).items())):
+        dataset, _, last = name.rpartition("/")
+        if last == folder_name(column) and (result := result_of(*run)):
+            runs = results.setdefault(dataset, {})
+            runs[column] = result
+            first = next(iter(runs))
+            if result.settings != runs[first].settings:
+                raise SystemExit(
+                    f"In {folder / dataset}/, {first} has {runs[first].settings} and {column} {result.settings}; "
+                    "choose another --folder, or delete what does not belong there."
+                )
     return dict(sorted(results.items()))
 
 
@@ -200,6 +239,8 @@ def main(args: Args) -> None:
     except OSError as error:
         raise SystemExit(f"Cannot write to {args.folder}: {error.strerror}.") from None
     run_all(args)
+    if args.condense is not None:
+        condense(args.folder, args.condense)
     results = read_all(args.folder)
     if not results:
         raise SystemExit(f"There is no finished run in {args.folder}/<dataset>/<column>/.")

@@ -132,10 +132,7 @@ def twin_q(
 
 
 def mish(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Mish (Misra 2019), x tanh(softplus(x)), with one exponential: tanh(softplus(x)) = w / (w + 2), w = e^x (e^x + 2).
-
-    Four times as fast as jax.nn.mish on a CPU, value and gradient alike.
-    """
+    """Mish (Misra 2019), x tanh(softplus(x)), with one exponential: tanh is w / (w + 2), w = e^x (e^x + 2)."""
     n = jnp.exp(jnp.minimum(x, 20.0))  # beyond 20, tanh(softplus(x)) is 1 in float32 and float64 alike
     w = n * (n + 2)
     return x * (w * (1 / (w + 2)))

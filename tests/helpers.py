@@ -87,50 +87,38 @@ def returns_of(folder: Path) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------- datasets
 
 
-def record(
-    env: gymnasium.Env, dataset_id: str, episodes: int | Sequence[int], data_format="hdf5", seed=0, prepare=None
-) -> minari.MinariDataset:
-    """Writes a dataset of an environment that acts at random.
+def play(env: gymnasium.Env, episodes: int | Sequence[int], seed=0, prepare=None) -> list[tuple]:
+    """Episodes of random actions: (observations, actions, rewards, terminations, truncations), an entry for each step.
 
     `episodes` is their number, or the number of steps after which each is cut at the latest; `prepare(env, episode)`
     may alter the environment after a reset.
     """
-    rng = np.random.default_rng(seed)
-    limits = [np.inf] * episodes if isinstance(episodes, int) else episodes
-    recorded = []
-    for episode, limit in enumerate(limits):
-        observations = [env.reset(seed=seed + episode)[0]]
+    rng, played = np.random.default_rng(seed), []
+    for episode, limit in enumerate([np.inf] * episodes if isinstance(episodes, int) else episodes):
+        observations, steps = [env.reset(seed=seed + episode)[0]], []
         if prepare is not None:
             prepare(env, episode)
-        actions, rewards, terminations, truncations = [], [], [], []
-        while not (terminations and (terminations[-1] or truncations[-1])):
+        while not steps or not (steps[-1][2] or steps[-1][3]):
             action = rng.uniform(env.action_space.low, env.action_space.high).astype(env.action_space.dtype)
             obs, reward, terminated, truncated, _ = env.step(action)
-            truncated = truncated or len(observations) == limit
             observations.append(obs)
-            for column, value in zip(
-                (actions, rewards, terminations, truncations), (action, reward, terminated, truncated)
-            ):
-                column.append(value)
-        recorded.append((observations, actions, rewards, terminations, truncations))
-    return write_dataset(dataset_id, env, recorded, data_format)
+            steps.append((action, reward, terminated, truncated or len(steps) + 1 == limit))
+        played.append((observations, *map(list, zip(*steps))))
+    return played
+
+
+def record(env, dataset_id: str, episodes, data_format="hdf5", seed=0, prepare=None) -> minari.MinariDataset:
+    """Writes a dataset of episodes that `play` plays."""
+    return write_dataset(dataset_id, env, play(env, episodes, seed, prepare), data_format)
 
 
 def write_dataset(dataset_id: str, env: gymnasium.Env, episodes: list[tuple], data_format="hdf5"):
-    """Writes episodes, each (observations, actions, rewards, terminations, truncations): lists, one entry a step."""
+    """Writes episodes such as `play` returns."""
     if data_format == "arrow":
         pytest.importorskip("pyarrow", reason="Minari reads Arrow datasets with pyarrow")
     stack = lambda steps: jax.tree.map(lambda *parts: np.stack(parts), *steps)
-    buffers = [
-        EpisodeBuffer(
-            observations=stack(observations),
-            actions=stack(actions),
-            rewards=np.array(rewards, np.float64),
-            terminations=np.array(terminations, bool),
-            truncations=np.array(truncations, bool),
-        )
-        for observations, actions, rewards, terminations, truncations in episodes
-    ]
+    names = ("observations", "actions", "rewards", "terminations", "truncations")
+    buffers = [EpisodeBuffer(**{name: stack(steps) for name, steps in zip(names, episode)}) for episode in episodes]
     return minari.create_dataset_from_buffers(dataset_id, buffers, env=env, data_format=data_format)
 
 

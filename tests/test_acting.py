@@ -1,27 +1,22 @@
 """Finished runs, acting again: real tiny runs, evaluated as they were and otherwise."""
 
-import csv
-import importlib.util
 import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import acting
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import record_hopper
+from helpers import record_hopper, rows_of
 
 from algorithms import bc, edp_td3bc
-from common.data import Dataset
-from common.run import TrainedRun, load_run, save_checkpoint
+from common.harness import Dataset
+from common.harness.records import Episodes
+from common.harness.run import save_checkpoint
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "acting.py"
-spec = importlib.util.spec_from_file_location("acting", FILE)
-acting = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(acting)
-
+README = Path(acting.__file__).parents[1] / "README.md"
 TINY = {"dataset_id": "test/hopper/random-v0", "num_updates": 2, "eval_episodes": 2, "num_seeds": 2, "seed": 3}
 DIFFUSION = {"num_diffusion_steps": 21, "num_solver_calls": 3, "num_eval_actions": 5}
 
@@ -30,14 +25,17 @@ DIFFUSION = {"num_diffusion_steps": 21, "num_solver_calls": 3, "num_eval_actions
 def trained(tmp_path_factory):
     """A folder of two runs on Hopper, whose every action shows in the return: EDP + TD3+BC and cloning."""
     folder = tmp_path_factory.mktemp("runs")
+    jax.config.update("jax_disable_most_optimizations", True)  # here and in all tests: what is compared is made alike
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # MuJoCo writes its warnings into the working directory
         patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
         (folder / "minari").mkdir()
         record_hopper()
-        edp_td3bc.train(edp_td3bc.Args(**TINY, **DIFFUSION, batch_size=8, run_dir=str(folder / "edp")))
-        bc.train(bc.Args(**TINY, batch_size=8, run_dir=str(folder / "bc")))
-    return folder
+        edp = edp_td3bc.Args(**TINY, **DIFFUSION, batch_size=8, run_dir=str(folder / "edp"), normalize_obs=True)
+        edp_td3bc.train(edp)
+        bc.train(bc.Args(**TINY, batch_size=8, run_dir=str(folder / "bc"), top_fraction=0.5))
+    yield folder
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -46,11 +44,6 @@ def runs(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(trained / "minari"))
     return Path(shutil.copytree(trained, tmp_path / "runs"))
-
-
-def rows_of(file: Path) -> list[dict[str, str]]:
-    with open(file, newline="") as lines:
-        return list(csv.DictReader(lines))
 
 
 def returns_of(file: Path) -> list[tuple[str, ...]]:
@@ -83,27 +76,33 @@ def test_every_combination_is_evaluated_and_added_to_what_is_there(runs, capsys)
 
 def test_another_runs_critics_choose(runs):
     """As in a run of the same policy that has these critics itself."""
-    run = load_run(runs / "edp")
+    run = acting.open_run(runs / "edp")
     opposite = jax.tree.map(lambda leaf: -100 * leaf, run.state.critics)
     shutil.copytree(runs / "edp", runs / "other")
     save_checkpoint(runs / "other" / "checkpoint.eqx", run.state._replace(critics=opposite), run.header)
     acting.main(acting.Args((runs / "edp",), critics=runs / "other"))
     acting.main(acting.Args((runs / "other",)))
-    assert returns_of(runs / "edp" / "acting.csv") == returns_of(runs / "other" / "acting.csv")
-    assert returns_of(runs / "edp" / "acting.csv") != returns_of(runs / "edp" / "eval.csv")
+    returns = returns_of(runs / "edp" / "acting.csv")
+    assert returns == returns_of(runs / "other" / "acting.csv") != returns_of(runs / "edp" / "eval.csv")
     assert {row["critics"] for row in rows_of(runs / "edp" / "acting.csv")} == {str(runs / "other")}
 
 
 def test_spread_is_that_of_the_samples_and_of_the_data_around_their_mean():
     """Samples N(0.1, 0.3^2) and data N(0.5, 0.2^2): 0.3, and sqrt(0.4^2 + 0.2^2)."""
     rng = np.random.default_rng(0)
-    dataset = Dataset(*jnp.float32(rng.normal(size=(2000, 5, 1)).transpose(1, 0, 2)))
-    dataset = dataset._replace(action=0.5 + 0.2 * dataset.action, reward=dataset.reward[:, 0])
-    draw = lambda policy, obs, keys, step, args: 0.1 + 0.3 * jax.random.normal(keys[0], obs.shape)
-    run = TrainedRun(SimpleNamespace(select_action=draw), bc.Args(num_seeds=2), SimpleNamespace(policy=None), {})
+    dataset = Dataset(*np.float32(rng.normal(size=(5, 2000, 1))))
+    dataset = dataset._replace(action=0.5 + 0.2 * dataset.action)
+    draw = lambda state, obs, keys, step, args: 0.1 + 0.3 * jax.random.normal(keys[0, 0], obs.shape)
+    run = acting.Trained(SimpleNamespace(act=draw), bc.Args(num_seeds=2), None, {})
     samples, data = acting.spread(run, dataset, num_states=2000)
     np.testing.assert_allclose(samples, 0.3, rtol=0.01)
     np.testing.assert_allclose(data, np.sqrt(0.4**2 + 0.2**2), rtol=0.02)
+
+
+def test_the_snippet_of_the_readme_runs(runs):
+    snippet = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    exec(snippet.replace("runs/<run>", str(runs / "edp")), names := {})
+    assert names["action"].shape == (2, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -115,46 +114,38 @@ def test_spread_is_that_of_the_samples_and_of_the_data_around_their_mean():
         ("edp", {"init_noise_scale": (1.0, -1.0)}, "--init-noise-scale must be 0 or more"),
         ("edp", {"episodes": 0}, "--episodes must be positive, but is 0."),
         ("edp", {"critics": "bc"}, "The critics of .*bc/ do not fit .*edp/"),
+        ("edp", {"runs": ()}, "Name the folder of a run"),
     ],
 )
 def test_what_cannot_be_done_gets_one_sentence_and_writes_nothing(runs, name, changes, sentence, exit_sentence):
     changes = {key: runs / value if key == "critics" else value for key, value in changes.items()}
-    assert re.search(sentence, exit_sentence(acting.main, acting.Args((runs / name,), **changes)))
+    assert re.search(sentence, exit_sentence(acting.main, acting.Args(**{"runs": (runs / name,)} | changes)))
     assert not (runs / name / "acting.csv").exists()
 
 
-def test_no_run_at_all_gets_one_sentence(exit_sentence):
-    assert "Name the folder of a run" in exit_sentence(acting.main, acting.Args(()))
-
-
-@pytest.mark.parametrize("damage", ["header", "leaves", "flags", "algorithm"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:50],
+        lambda content: content[: content.index(b"\n") + 1000],
+        lambda content: content.replace(b'"batch_size"', b'"size_of_batch"'),
+        lambda content: content.replace(b'"edp_td3bc"', b'"my_own"'),
+    ],
+)
 def test_a_damaged_checkpoint_gets_one_sentence(runs, damage, exit_sentence):
     file = runs / "edp" / "checkpoint.eqx"
-    header, leaves = file.read_bytes().split(b"\n", 1)
-    damaged = {
-        "header": header[:50] + b"\n" + leaves,
-        "leaves": header + b"\n" + leaves[:1000],
-        "flags": header.replace(b'"batch_size"', b'"size_of_batch"') + b"\n" + leaves,
-        "algorithm": header.replace(b'"edp_td3bc"', b'"my_own"') + b"\n" + leaves,
-    }
-    file.write_bytes(damaged[damage])
+    file.write_bytes(damage(file.read_bytes()))
     assert "is damaged, or not of this version" in exit_sentence(acting.main, acting.Args((runs / "edp",)))
 
 
 def test_an_interrupted_evaluation_keeps_what_is_finished_and_says_so(runs, monkeypatch, exit_sentence):
-    evaluate, calls = acting.Evaluator.__call__, []
+    def evaluations():
+        yield Episodes(np.zeros((2, 1)), np.ones((2, 1), int), [])
+        raise KeyboardInterrupt
 
-    def interrupted(self, act, update):
-        calls.append(update)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return evaluate(self, act, update)
-
-    monkeypatch.setattr(acting.Evaluator, "__call__", interrupted)
+    each = evaluations()
+    monkeypatch.setattr(acting.Evaluator, "__call__", lambda *_: next(each))
     assert "Stopped" in exit_sentence(acting.main, acting.Args((runs / "edp",), num_eval_actions=(1, 2), episodes=1))
     assert [row["num_eval_actions"] for row in rows_of(runs / "edp" / "acting.csv")] == ["1", "1"]
-
-
-def test_a_run_that_cannot_be_written_to_gets_one_sentence(runs, exit_sentence):
-    (runs / "edp" / "acting.csv").mkdir()
-    assert "Cannot write" in exit_sentence(acting.main, acting.Args((runs / "edp",)))
+    (runs / "bc" / "acting.csv").mkdir()
+    assert "Cannot write" in exit_sentence(acting.main, acting.Args((runs / "bc",)))

@@ -25,8 +25,8 @@ from helpers import ALGORITHMS, SCRIPTS, TINY, fields_of, flags_of, record_hoppe
 
 from algorithms import edp_td3bc, td3bc
 from common.harness import Behaviour, Evaluator, Run, load_run
+from common.harness.flags import check_flags
 from common.harness.records import Episodes
-from common.harness.run import check_flags
 from common.harness.tasks import TASKS
 
 

@@ -1,17 +1,12 @@
 """The comparison: real runs side by side, read back from their raw returns."""
 
-import importlib.util
 import json
-from pathlib import Path
 
+import compare
 import matplotlib.image
 import numpy as np
 import pytest
-
-FILE = Path(__file__).parents[1] / "benchmarks" / "compare.py"
-spec = importlib.util.spec_from_file_location("compare", FILE)
-compare = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(compare)
+from helpers import rows_of
 
 FLAGS = "--num-updates 4 --eval-every 2 --eval-episodes 2 --batch-size 8 --num-seeds 2"
 
@@ -23,7 +18,7 @@ def write_run(tmp_path):
         folder = tmp_path / dataset / compare.folder_name(column)
         folder.mkdir(parents=True)
         settings = {"num_updates": num_updates, "batch_size": batch_size, "seed": 0, "num_seeds": len(returns[0])}
-        header = {"args": settings, "reference_returns": reference}
+        header = {"args": settings, "reference_returns": reference, "normalization": [[0.0], [1.0]]}
         (folder / "args.json").write_text(json.dumps(header | {"dataset": {"behaviour_score": 7.25}}))
         rows = [f"{10 * (i + 1)},{seed},{j},{float(value)!r},5" for (i, seed, j), value in np.ndenumerate(returns)]
         (folder / "eval.csv").write_text("\n".join(["update,seed,episode,return,length", *rows]) + "\n")
@@ -34,14 +29,11 @@ def write_run(tmp_path):
 def test_scores_are_those_of_the_raw_returns(tmp_path, write_run):
     returns = np.random.default_rng(0).normal(size=(2, 3, 4))
     write_run("hopper", "EDP + IQL", returns)
-    result = compare.read_run(tmp_path / "hopper" / "edp-iql")
-    np.testing.assert_array_equal(result.updates, [10, 20])
-    np.testing.assert_allclose(result.scores, 40 + 2 * returns.mean(axis=2))  # -20 scores 0 and 30 scores 100
-
-
-def test_without_reference_a_score_is_the_return(tmp_path, write_run):
     write_run("own-data", "BC", np.array([[[3.0, 5.0]], [[6.0, 8.0]]]), reference=None)
-    np.testing.assert_allclose(compare.read_run(tmp_path / "own-data" / "bc").scores, [[4.0], [7.0]])
+    results = compare.read_all(tmp_path)
+    np.testing.assert_array_equal(results["hopper"]["EDP + IQL"].updates, [10, 20])
+    np.testing.assert_allclose(results["hopper"]["EDP + IQL"].scores, 40 + 2 * returns.mean(axis=2))  # from -20 to 30
+    np.testing.assert_allclose(results["own-data"]["BC"].scores, [[4.0], [7.0]])  # without reference, the return
 
 
 def test_the_table_has_means_and_deviations_and_leaves_out_what_did_not_finish(tmp_path, write_run):
@@ -66,35 +58,46 @@ def test_runs_of_other_settings_are_not_put_side_by_side(tmp_path, write_run):
         compare.read_all(tmp_path)
 
 
+def test_condensed_runs_hold_every_value_and_give_the_same_tables(tmp_path, write_run, capsys):
+    rng = np.random.default_rng(0)
+    write_run("a", "BC", rng.normal(size=(2, 3, 4)))
+    write_run("a", "IQL", rng.normal(size=(2, 3, 4)))
+    (tmp_path / "a/iql/acting.csv").write_text("update,seed,return\n20,0,0.1\n")
+    condensed = tmp_path / "elsewhere"
+    compare.main(compare.Args(data=(), folder=tmp_path, condense=condensed))
+    before = capsys.readouterr().out
+    for name, header in json.loads((condensed / "runs.json").read_text()).items():
+        written = json.loads((tmp_path / name / "args.json").read_text())
+        assert header | {"normalization": written["normalization"]} == written
+        rows = [row for row in rows_of(condensed / "returns.csv") if row.pop("run") == name]
+        assert rows == rows_of(tmp_path / name / "eval.csv")
+    assert rows_of(condensed / "acting.csv") == [{"run": "a/iql", "update": "20", "seed": "0", "return": "0.1"}]
+    compare.main(compare.Args(data=("a",), columns=("BC", "IQL"), folder=condensed))
+    assert capsys.readouterr().out == before, "nothing runs, and the tables are the same"
+
+
 def test_a_comparison_runs_what_is_missing_and_nothing_twice(pointmaze_datasets, tmp_path, monkeypatch, capsys):
+    """A run that fails is named, and the others go on."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(compare.COLUMNS, "IQL", "bc --num-diffusion-steps")
     folder = tmp_path / "comparison"
-    args = compare.Args(("pointmaze-umaze",), ("BC", "10% BC"), FLAGS, jobs=2, folder=folder)
+    args = compare.Args(("pointmaze-umaze",), ("BC", "10% BC", "IQL"), FLAGS, jobs=2, folder=folder)
+    with pytest.raises(SystemExit, match="1 of 3 runs failed"):
+        compare.main(args)
+    assert "IQL on pointmaze-umaze: failed" in capsys.readouterr().out
+    assert "--num-diffusion-steps" in (folder / "pointmaze-umaze/iql.log").read_text()
+
+    args = compare.Args(("pointmaze-umaze",), ("BC", "10% BC"), FLAGS, folder=folder)
     compare.main(args)
     output = capsys.readouterr().out
-    assert "10% BC on pointmaze-umaze: done" in output and "| pointmaze-umaze |" in output
+    assert "done" not in output and "| pointmaze-umaze |" in output
     assert matplotlib.image.imread(folder / "comparison.png").std() > 0
-    arguments = [json.loads((folder / f"pointmaze-umaze/{name}/args.json").read_text()) for name in ("bc", "10-bc")]
-    assert [header["args"]["top_fraction"] for header in arguments] == [1.0, 0.1]
-    assert all(header["args"]["num_updates"] == 4 and header["args"]["num_seeds"] == 2 for header in arguments)
-
-    compare.main(args)
-    assert "done" not in capsys.readouterr().out
+    runs = [header["args"] for header, _ in compare.read_runs(folder).values()]
+    assert {(run["top_fraction"], run["num_updates"], run["num_seeds"]) for run in runs} == {(0.1, 4, 2), (1.0, 4, 2)}
 
     (folder / "pointmaze-umaze/bc/eval.csv").write_text("update,seed,episode,return,length\n")
     with pytest.raises(SystemExit, match="bc/ holds a run that was cut off"):
         compare.main(args)
-
-
-def test_a_run_that_fails_is_named_and_the_others_go_on(pointmaze_datasets, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setitem(compare.COLUMNS, "BC", "bc --num-diffusion-steps")
-    args = compare.Args(("pointmaze-umaze",), ("BC", "10% BC"), FLAGS, folder=tmp_path / "comparison")
-    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
-        compare.main(args)
-    assert "BC on pointmaze-umaze: failed" in capsys.readouterr().out
-    assert "--num-diffusion-steps" in (tmp_path / "comparison/pointmaze-umaze/bc.log").read_text()
-    assert compare.read_all(tmp_path / "comparison")["pointmaze-umaze"].keys() == {"10% BC"}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(pointmaze_datasets, tmp_
         ({"jobs": 0}, "--jobs is 0"),
         ({"data": ()}, "no finished run"),
         ({"flags": "--seed '1"}, "cannot be read: No closing quotation"),
-        ({"folder": FILE}, "Cannot write to"),
+        ({"folder": compare.ROOT / "README.md"}, "Cannot write to"),
     ],
 )
 def test_bad_arguments_get_one_sentence(tmp_path, changes, sentence):

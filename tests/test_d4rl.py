@@ -1,35 +1,27 @@
 """D4RL's own files: small ones with an environment's own steps, against a plain transcription of qlearning_dataset."""
 
-import csv
-
 import h5py
 import numpy as np
 import pytest
+from helpers import play, rows_of
 
-from algorithms.edp_td3bc import Args, train
-from common.d4rl import read_d4rl
-from common.data import load_dataset, resolve_task
-from common.environments import make_env, make_gym_env
-from common.tasks import TASKS
-
-LENGTH = 60
-GOAL = np.linspace(-1, 1, 30)
+from algorithms import bc
+from common.harness import Evaluator, load_dataset
+from common.harness.d4rl import read_d4rl
+from common.harness.datasets import resolve_task
+from common.harness.environments import make_gym_env
+from common.harness.tasks import TASKS, normalized_score
 
 
 def qlearning_dataset(file, max_steps):
-    """D4RL's rule, one sample after the other."""
-    use_timeouts = "timeouts" in file
+    """D4RL's rule, one sample after the other: (index, index of the next observation, terminal)."""
     rows, episode_step = [], 0
     for i in range(len(file["rewards"]) - 1):
+        final = bool(file["timeouts"][i]) if "timeouts" in file else episode_step == max_steps - 1
         done = bool(file["terminals"][i])
-        final = bool(file["timeouts"][i]) if use_timeouts else episode_step == max_steps - 1
-        if final:
-            episode_step = 0
-            continue
-        if done:
-            episode_step = 0
-        rows.append((i, i + 1, done))
-        episode_step += 1
+        if not final:
+            rows.append((i, i + 1, done))
+        episode_step = 0 if final else 1 if done else episode_step + 1
     return rows
 
 
@@ -42,29 +34,18 @@ def write(path, **arrays):
     return path
 
 
-def record(path, env, observe, max_steps, timeouts=True):
-    """LENGTH random steps of an environment in a D4RL file; `observe` makes its observation D4RL's."""
-    rng = np.random.default_rng(0)
-    columns = {name: [] for name in ("observations", "actions", "rewards", "terminals", "timeouts")}
-    obs, step = env.reset(seed=0)[0], 0
-    for _ in range(LENGTH):
-        action = rng.uniform(env.action_space.low, env.action_space.high).astype(np.float32)
-        next_obs, reward, terminated, _, _ = env.step(action)
-        step += 1
-        timeout = step == max_steps
-        for column, value in zip(columns.values(), (observe(obs), action, reward, terminated, timeout)):
-            column.append(value)
-        obs = next_obs
-        if terminated or timeout:
-            obs, step = env.reset()[0], 0
-    arrays = {name: np.array(column) for name, column in columns.items() if timeouts or name != "timeouts"}
-    return write(path, **arrays)
+def record(path, env, observe=np.asarray, timeouts=True):
+    """Three episodes of at most 20 random steps in a D4RL file; `observe` makes its observation D4RL's."""
+    observations, *columns = zip(*play(env, (20, 20, 20)))
+    names = ("actions", "rewards", "terminals", "timeouts")[: 4 if timeouts else 3]
+    arrays = {name: np.concatenate(column) for name, column in zip(names, columns)}
+    return write(path, observations=[observe(obs) for episode in observations for obs in episode[:-1]], **arrays)
 
 
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_transitions_are_those_of_qlearning_dataset(seed, tmp_path):
     """Random cases: with and without time-outs, rewards and terminals as (N,) and as (N, 1), bool and float."""
     rng = np.random.default_rng(seed)
@@ -73,170 +54,143 @@ def test_transitions_are_those_of_qlearning_dataset(seed, tmp_path):
     arrays = {
         "observations": rng.normal(size=(size, 3)),
         "next_observations": rng.normal(size=(size, 3)),  # D4RL's reader ignores them
-        "actions": rng.uniform(-1, 1, (size, 2)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (size, 2)),
         "rewards": rng.normal(size=column),
         "terminals": (rng.random(column) < 0.1).astype(np.float64 if seed % 2 else bool),
     }
     if seed % 4 < 2:
         arrays["timeouts"] = rng.random(column) < 0.1
     expected = qlearning_dataset(arrays, max_steps)
-    transitions = read_d4rl(write(tmp_path / "file.hdf5", **arrays), max_steps)
+    dataset, ends = read_d4rl(write(tmp_path / "file.hdf5", **arrays), max_steps)
     here, after = ([row[i] for row in expected] for i in range(2))
-    np.testing.assert_array_equal(transitions.obs, arrays["observations"][here].astype(np.float32))
-    np.testing.assert_array_equal(transitions.next_obs, arrays["observations"][after].astype(np.float32))
-    np.testing.assert_array_equal(transitions.action, arrays["actions"][here])
-    np.testing.assert_array_equal(transitions.reward, arrays["rewards"].ravel()[here].astype(np.float32))
-    np.testing.assert_array_equal(transitions.terminal, [row[2] for row in expected])
+    rewards = arrays["rewards"].ravel()
+    columns = arrays["observations"][here], arrays["actions"][here], rewards[here], arrays["observations"][after]
+    for array, column in zip(dataset, (*columns, [row[2] for row in expected]), strict=True):
+        np.testing.assert_array_equal(array, np.asarray(column, np.float32))
     # an episode ends with a terminal, before a sample that is left out, and with the file
     is_end = [done or (after not in here) for (_, after, done) in expected]
-    np.testing.assert_array_equal(transitions.episode_end, np.flatnonzero(is_end) + 1)
+    np.testing.assert_array_equal(ends, np.flatnonzero(is_end) + 1)
 
 
 def test_a_terminal_step_that_is_also_a_timeout_is_left_out(tmp_path):
-    size = 6
-    arrays = {"observations": np.arange(size)[:, None], "actions": np.zeros((size, 1)), "rewards": np.ones(size)}
-    both = np.arange(size) == 2
-    transitions = read_d4rl(write(tmp_path / "file.hdf5", **arrays, terminals=both, timeouts=both), 1000)
-    np.testing.assert_array_equal(transitions.obs[:, 0], [0, 1, 3, 4])
-    np.testing.assert_array_equal(transitions.episode_end, [2, 4])
-    assert not transitions.terminal.any()
+    arrays = {"observations": np.arange(6)[:, None], "actions": np.zeros((6, 1)), "rewards": np.ones(6)}
+    both = np.arange(6) == 2
+    dataset, ends = read_d4rl(write(tmp_path / "file.hdf5", **arrays, terminals=both, timeouts=both), 1000)
+    np.testing.assert_array_equal(dataset.obs[:, 0], [0, 1, 3, 4])
+    np.testing.assert_array_equal(ends, [2, 4])
+    assert not dataset.terminal.any()
 
 
 # ------------------------------------------------------------------------------------------- tasks and environments
 
 
-def locomotion(env_id, path):
-    env = make_gym_env(TASKS[env_id].environment.gym_id.replace("-v5", "-v4"))
-    return record(path, env, np.asarray, max_steps=20)
-
-
-def antmaze(env_id, path):
-    # 29 columns as D4RL's ant has them, in Gymnasium's maze
-    env = make_gym_env("AntMaze_UMaze-v5", include_cfrc_ext_in_observation=False, continuing_task=False)
-    return record(path, env, lambda obs: np.append(obs["achieved_goal"], obs["observation"]), max_steps=20)
-
-
-def pen(env_id, path):
-    return record(path, make_gym_env("AdroitHandPen-v1"), np.asarray, max_steps=20, timeouts=False)
-
-
-def kitchen(env_id, path):
-    with np.errstate(over="ignore"):  # the kitchen's own bounds
-        env = make_gym_env("FrankaKitchen-v1", tasks_to_complete=["microwave"])
-        return record(path, env, kitchen_observation, max_steps=20)
+def ant_observation(obs):  # 29 columns as D4RL's ant has them, in Gymnasium's maze
+    return np.append(obs["achieved_goal"], obs["observation"])
 
 
 def kitchen_observation(obs):
-    robot, objects = obs["observation"][:18], obs["observation"][18:]
-    return np.concatenate([robot[:9], objects[:21], GOAL])
+    return np.concatenate([obs["observation"][:9], obs["observation"][18:39], np.linspace(-1, 1, 30)])
 
 
-FILES = {  # env id: (recorder, observation width, action width, horizon of the evaluation)
-    "hopper-medium-replay": (locomotion, 11, 3, 1000),
-    "antmaze-umaze-diverse": (antmaze, 29, 8, 700),
-    "pen-cloned": (pen, 45, 24, 100),
-    "kitchen-mixed": (kitchen, 60, 9, 280),
+def record_hopper(path):
+    return record(path, make_gym_env("Hopper-v4"))
+
+
+def record_ant(path):
+    env = make_gym_env("AntMaze_UMaze-v5", include_cfrc_ext_in_observation=False, continuing_task=False)
+    return record(path, env, ant_observation)
+
+
+def record_pen(path):
+    return record(path, make_gym_env("AdroitHandPen-v1"), timeouts=False)
+
+
+def record_kitchen(path):
+    return record(path, make_gym_env("FrankaKitchen-v1", tasks_to_complete=["microwave"]), kitchen_observation)
+
+
+FILES = {  # env id: (recorder, environment of the evaluation, observation width, action width, its horizon)
+    "hopper-medium-replay": (record_hopper, "Hopper-v4", 11, 3, 1000),
+    "antmaze-umaze-diverse": (record_ant, "AntMaze_UMaze-v5", 29, 8, 700),
+    "pen-cloned": (record_pen, "AdroitHandPen-v1", 45, 24, 100),
+    "kitchen-mixed": (record_kitchen, "FrankaKitchen-v1", 60, 9, 280),
 }
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # the kitchen's own bounds
 @pytest.mark.parametrize("env_id", FILES)
-def test_a_file_of_each_domain_is_learned_from_and_evaluated(env_id, tmp_path, quick_compilation, capsys):
-    recorder, obs_dim, act_dim, horizon = FILES[env_id]
-    path = recorder(env_id, tmp_path / f"{env_id}.hdf5")
-    args = Args(
-        env_id=env_id,
-        dataset_path=str(path),
-        run_dir=str(tmp_path / "run"),
-        num_updates=2,
-        eval_episodes=1,
-        batch_size=8,
-        num_solver_calls=1,
-        solver_order=1,
-        num_eval_actions=2,
-    )
-    results = train(args)
-    with open(tmp_path / "run" / "eval.csv", newline="") as file:
-        (row,) = csv.DictReader(file)
-    low, high = TASKS[env_id].environment.reference
-    assert results["last"][0] == pytest.approx(100 * (float(row["return"]) - low) / (high - low))
-    assert 0 < int(row["length"]) <= horizon
-    text = capsys.readouterr().out
-    assert f"observation_dim {obs_dim}, action_dim {act_dim}" in text
-    assert ("do not compare" in text) == env_id.startswith("antmaze")
+def test_a_file_of_each_domain_is_read_and_evaluated_in_the_environment_that_fits_it(env_id, tmp_path, capsys):
+    recorder, gym_id, obs_dim, act_dim, horizon = FILES[env_id]
+    path = recorder(tmp_path / f"{env_id}.hdf5")
+    task = resolve_task(env_id, None, str(path))
+    dataset, behaviour = load_dataset(task, "none")
+    assert (dataset.obs.shape[1], dataset.action.shape[1]) == (obs_dim, act_dim)
+    assert behaviour.statistics["dataset"] == path.name
+    assert ("do not compare" in capsys.readouterr().out) == env_id.startswith("antmaze")
+    evaluate = Evaluator(task.environment, [0], 1)
+    ((length,),) = evaluate(lambda obs, step: np.ones((*obs.shape[:2], act_dim)), 1).lengths
+    assert 0 < length <= horizon
+    ((env,),) = evaluate.envs
+    assert env.spec.id == gym_id
+    if env_id == "kitchen-mixed":
+        raw, _ = make_gym_env(gym_id, tasks_to_complete=["microwave"]).reset(seed=0)
+        np.testing.assert_allclose(env.reset(seed=0)[0], kitchen_observation(raw))
+        assert env.unwrapped.tasks_to_complete == {"microwave", "kettle", "bottom burner", "light switch"}
 
 
-def test_locomotion_is_evaluated_in_the_environment_of_its_files(tmp_path):
-    task = resolve_task("hopper-medium", None, str(locomotion("hopper-medium", tmp_path / "hopper.hdf5")))
-    assert make_env(task.environment).spec.id == "Hopper-v4"
+def test_a_policy_is_learned_from_a_file_and_scored(tmp_path, quick_compilation):
+    path = record_hopper(tmp_path / "hopper.hdf5")
+    few = {"num_updates": 2, "eval_episodes": 1, "batch_size": 8, "run_dir": str(tmp_path / "run")}
+    results = bc.train(bc.Args(env_id="hopper-medium-replay", dataset_path=str(path), **few))
+    (row,) = rows_of(tmp_path / "run" / "eval.csv")
+    score = normalized_score(TASKS["hopper-medium-replay"].environment, np.array([float(row["return"])]))
+    np.testing.assert_allclose(results["last"], score, rtol=1e-6)
 
 
 def test_antmaze_keeps_the_terminals_of_its_file(tmp_path):
     """D4RL's files end an episode where they mark it; Minari's never do and are ended where they are paid."""
-    size = 10
-    arrays = {"observations": np.zeros((size, 29)), "actions": np.zeros((size, 8)), "timeouts": np.zeros(size)}
-    path = write(tmp_path / "f.hdf5", **arrays, rewards=np.eye(size)[3], terminals=np.eye(size)[5])
+    arrays = {"observations": np.zeros((10, 29)), "actions": np.zeros((10, 8)), "timeouts": np.zeros(10)}
+    path = write(tmp_path / "f.hdf5", **arrays, rewards=np.eye(10)[3], terminals=np.eye(10)[5])
     dataset, _ = load_dataset(resolve_task("antmaze-umaze", None, str(path)), "none")
     np.testing.assert_array_equal(np.flatnonzero(dataset.terminal), [5])
     np.testing.assert_array_equal(np.flatnonzero(dataset.reward), [3])
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
-def test_the_kitchen_is_seen_as_in_its_file(tmp_path):
-    task = resolve_task("kitchen-mixed", None, str(kitchen("kitchen-mixed", tmp_path / "kitchen.hdf5")))
-    env = make_env(task.environment)
-    obs, _ = env.reset(seed=0)
-    raw = make_gym_env("FrankaKitchen-v1", tasks_to_complete=["microwave"]).reset(seed=0)[0]
-    np.testing.assert_allclose(obs, kitchen_observation(raw))
-    assert obs.shape == env.observation_space.shape == (60,)
-    assert env.unwrapped.tasks_to_complete == {"microwave", "kettle", "bottom burner", "light switch"}
-
-
 # ------------------------------------------------------------------------------------------------------ refusals
 
 
-def hopper_arrays(size=10):
-    arrays = {"observations": np.zeros((size, 11)), "actions": np.zeros((size, 3))}
-    return arrays | {"rewards": np.zeros(size), "terminals": np.zeros(size)}
+HOPPER = {"observations": np.zeros((10, 11)), "actions": np.zeros((10, 3))}
+HOPPER |= {"rewards": np.zeros(10), "terminals": np.zeros(10)}
 
 
-def test_a_file_that_is_not_there_exits(tmp_path, exit_sentence):
-    assert "no file" in exit_sentence(resolve_task, "hopper-medium", None, str(tmp_path / "none.hdf5"))
+@pytest.mark.parametrize(
+    ("env_id", "dataset_id", "name", "named"),
+    [
+        ("hopper-medium", None, "none.hdf5", "no file"),
+        ("hopper-medium", "a/b-v0", "file.hdf5", "not both"),
+        ("pointmaze-umaze", None, "file.hdf5", "pointmaze-umaze is not one"),
+        ("kitchen-mixed", None, "file.hdf5", "60 wide"),
+    ],
+)
+def test_a_file_that_does_not_fit_the_flags_exits(env_id, dataset_id, name, named, tmp_path, exit_sentence):
+    write(tmp_path / "file.hdf5", **HOPPER)
+    assert named in exit_sentence(resolve_task, env_id, dataset_id, str(tmp_path / name))
 
 
-def test_two_kinds_of_data_exit(exit_sentence):
-    assert "not both" in exit_sentence(resolve_task, "hopper-medium", "a/b-v0", "file.hdf5")
-
-
-def test_a_file_for_a_task_that_d4rl_has_not_exits(tmp_path, exit_sentence):
-    path = write(tmp_path / "f.hdf5", **hopper_arrays())
-    assert "pointmaze-umaze is not one" in exit_sentence(resolve_task, "pointmaze-umaze", None, str(path))
-
-
-@pytest.mark.parametrize("missing", ["observations", "actions", "rewards", "terminals"])
-def test_a_file_without_an_array_exits_naming_it(missing, tmp_path, exit_sentence):
-    arrays = {name: array for name, array in hopper_arrays().items() if name != missing}
-    task = resolve_task("hopper-medium", None, str(write(tmp_path / "f.hdf5", **arrays)))
-    assert missing in exit_sentence(load_dataset, task, "none")
-
-
-def test_arrays_of_different_lengths_exit(tmp_path, exit_sentence):
-    path = write(tmp_path / "f.hdf5", **hopper_arrays() | {"rewards": np.zeros(9)})
-    assert "lengths [9, 10]" in exit_sentence(load_dataset, resolve_task("hopper-medium", None, str(path)), "none")
-
-
-@pytest.mark.parametrize("content", [b"", b"not HDF5", "cut"])
-def test_a_file_that_is_not_whole_exits_naming_it(content, tmp_path, exit_sentence):
-    path = write(tmp_path / "f.hdf5", **hopper_arrays(1000))
-    path.write_bytes(path.read_bytes()[:5000] if content == "cut" else content)
-    assert str(path) in exit_sentence(load_dataset, resolve_task("hopper-medium", None, str(path)), "none")
-
-
-def test_kitchen_observations_of_another_shape_exit(tmp_path, exit_sentence):
-    path = write(tmp_path / "f.hdf5", **hopper_arrays())
-    assert "60 wide" in exit_sentence(resolve_task, "kitchen-mixed", None, str(path))
-
-
-def test_medium_replay_names_its_file_where_there_is_none(datasets, exit_sentence):
-    sentence = exit_sentence(resolve_task, "hopper-medium-replay", None)
-    assert "--dataset-path (hopper_medium_replay-v2.hdf5" in sentence
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda path: path.write_bytes(b"not HDF5"), "is damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:3000]), "is damaged"),
+        (lambda path: write(path, **{name: array for name, array in HOPPER.items() if name != "rewards"}), "rewards"),
+        (lambda path: write(path, **HOPPER | {"rewards": np.zeros(9)}), "lengths [9, 10]"),
+        (lambda path: write(path, **HOPPER | {"actions": np.full((10, 3), np.nan)}), "not a finite number"),
+        (lambda path: write(path, **HOPPER | {"observations": np.zeros((10, 12))}), "does not fit its environment"),
+    ],
+)
+def test_a_damaged_file_exits_naming_it(change, named, tmp_path, exit_sentence):
+    path = write(tmp_path / "f.hdf5", **HOPPER)
+    change(path)
+    sentence = exit_sentence(load_dataset, resolve_task("hopper-medium", None, str(path)), "none")
+    assert str(path) in sentence
+    assert named in sentence

@@ -3,7 +3,6 @@
 A stand-in has the id, the layout and the environment of Minari's own dataset, and a few short episodes of random steps.
 """
 
-import csv
 import importlib
 import json
 from collections.abc import Callable
@@ -12,11 +11,12 @@ from typing import NamedTuple
 import gymnasium
 import numpy as np
 import pytest
-from helpers import by_hand, goal_here, record
+from helpers import ALGORITHMS, by_hand, goal_here, make_args, record, rows_of
 
-from common.data import load_dataset, resolve_task
-from common.environments import make_env, make_gym_env
-from common.tasks import TASKS
+from common.harness import Evaluator, load_dataset
+from common.harness.datasets import resolve_task, shape_reward
+from common.harness.environments import make_env, make_gym_env
+from common.harness.tasks import TASKS, normalized_score
 
 # The kitchen's own bounds overflow when cast.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
@@ -49,25 +49,22 @@ class Kind(NamedTuple):
 
     obs_dim: int
     act_dim: int
-    act_dtype: type
     horizon: int
-    reference: tuple[float, float]  # returns of D4RL's scores 0 and 100
     prepare: Callable  # makes something happen in the first of the recorded episodes
-    algorithm: str  # one for each kind, and each for one kind at least
+    algorithm: str  # that learns its tasks here
     rules: tuple[str, str]  # of rewards, IQL's second
     obs_keys: tuple[str, ...] = ()
 
 
-LOCOMOTION, NORMALIZED = ("none", "iql_locomotion"), ("normalize", "normalize")
+LOCOMOTION, NORMALIZED, MAZE = ("none", "iql_locomotion"), ("normalize", "normalize"), ("cql_antmaze", "iql_antmaze")
 KINDS = {
-    "halfcheetah": Kind(17, 6, np.float32, 1000, (-280.178953, 12135.0), fall, "edp_iql", LOCOMOTION),
-    "hopper": Kind(11, 3, np.float32, 1000, (-20.272305, 3234.3), fall, "dql_baseline", LOCOMOTION),
-    "walker2d": Kind(17, 6, np.float32, 1000, (1.629008, 4592.3), fall, "edp_iql", LOCOMOTION),
-    "antmaze": Kind(31, 8, np.float32, 1000, (0.0, 1.0), goal_here, "edp_td3bc", ("cql_antmaze", "iql_antmaze")),
-    "pen": Kind(45, 24, np.float32, 100, (96.262799, 3076.8331017826877), drop_pen, "edp_crr", NORMALIZED),
-    "kitchen": Kind(59, 9, np.float64, 280, (0.0, 4.0), complete_tasks, "edp_td3bc", NORMALIZED, ("observation",)),
+    "halfcheetah": Kind(17, 6, 1000, fall, "edp_iql", LOCOMOTION),
+    "hopper": Kind(11, 3, 1000, fall, "dql_baseline", LOCOMOTION),
+    "walker2d": Kind(17, 6, 1000, fall, "edp_iql", LOCOMOTION),
+    "antmaze": Kind(31, 8, 1000, goal_here, "edp_td3bc", MAZE, ("achieved_goal", "observation", "desired_goal")),
+    "pen": Kind(45, 24, 100, drop_pen, "edp_crr", NORMALIZED),
+    "kitchen": Kind(59, 9, 280, complete_tasks, "edp_td3bc", NORMALIZED, ("observation",)),
 }
-KINDS["antmaze"] = KINDS["antmaze"]._replace(obs_keys=("achieved_goal", "observation", "desired_goal"))
 
 
 def recorded_lengths(env_id: str) -> dict[str, tuple[int, ...]]:
@@ -75,10 +72,10 @@ def recorded_lengths(env_id: str) -> dict[str, tuple[int, ...]]:
     kind, _, name = env_id.partition("-")
     if kind in ("antmaze", "pen", "kitchen"):
         return {f"D4RL/{kind}/{name}-v{1 if kind == 'antmaze' else 2}": (6, 8, 10)}
-    first = 5 if kind == "halfcheetah" else 1
+    first, ids = 5 if kind == "halfcheetah" else 1, f"mujoco/{kind}/{{}}-v0".format
     if name == "medium-expert":
-        return {f"mujoco/{kind}/medium-v0": (first, 9 - first), f"mujoco/{kind}/expert-v0": (first, 7, 8 - first)}
-    return {f"mujoco/{kind}/{name}-v0": (first, 8, 7, 9 - first)}
+        return {ids("medium"): (first, 9 - first), ids("expert"): (first, 7, 8 - first)}
+    return {ids(name): (first, 8, 7, 9 - first)}
 
 
 def recorder_of(env_id: str) -> gymnasium.Env:
@@ -110,127 +107,89 @@ def behaviour_return(kind: str, reward: np.ndarray, next_obs: np.ndarray) -> flo
     return reward[: dropped[0] + 1].sum() if len(dropped) else reward.sum()
 
 
-def shaped(rule: str, reward: np.ndarray, sums: list[float]) -> np.ndarray:
-    low, high = reward.min(), reward.max()
-    return {
-        "none": reward,
-        "iql_locomotion": 1000 * reward / (max(sums) - min(sums)),
-        "cql_antmaze": 4 * reward - 2,
-        "iql_antmaze": reward - 1,
-        "normalize": (2 * reward - high - low) / (high - low),
-    }[rule]
-
-
-def cases() -> list:
-    """Each task with its kind's algorithm; one task of each shape with the other algorithms, which takes minutes."""
-    cases = [(env_id, KINDS[env_id.split("-")[0]].algorithm) for env_id in ENV_IDS]
-    for env_id in ("halfcheetah-medium", "hopper-medium", "antmaze-umaze", "pen-human", "kitchen-partial"):
-        for algorithm in ("edp_td3bc", "edp_crr", "edp_iql", "dql_baseline"):
-            if (env_id, algorithm) not in cases:
-                cases.append(pytest.param(env_id, algorithm, marks=pytest.mark.slow))
-    return cases
-
-
-@pytest.mark.parametrize(("env_id", "algorithm"), cases())
-def test_a_task_is_learned_from_its_minari_data_and_scored_by_d4rls_protocol(
-    env_id, algorithm, datasets, tmp_path, quick_compilation
-):
-    name = env_id.split("-")[0]
-    kind = KINDS[name]
-    rule = kind.rules[algorithm == "edp_iql"]
-    horizon = 700 if "umaze" in env_id else kind.horizon
-    score = lambda value: 100 * (value - kind.reference[0]) / (kind.reference[1] - kind.reference[0])
-
-    # Record
-    raws = []
-    lengths_of = recorded_lengths(env_id)
+def record_stand_in(env_id: str) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, ...]]]:
+    """Writes the data of a task; returns all of it by Minari's own iteration, and the lengths of the episodes."""
+    kind, lengths_of, raws = KINDS[env_id.split("-")[0]], recorded_lengths(env_id), []
     for seed, (dataset_id, lengths) in enumerate(lengths_of.items()):
         env = recorder_of(env_id)
         record(env, dataset_id, lengths, seed=10 * seed, prepare=kind.prepare)
         env.close()
         raws.append(by_hand(dataset_id, *kind.obs_keys))
-    raw = {column: np.concatenate([part[column] for part in raws]) for column in raws[0]}
+    return {column: np.concatenate([part[column] for part in raws]) for column in raws[0]}, lengths_of
+
+
+@pytest.mark.parametrize("env_id", ENV_IDS)
+def test_a_task_has_the_data_of_its_minari_datasets_and_d4rls_protocol(env_id, datasets):
+    name = env_id.split("-")[0]
+    kind = KINDS[name]
+    raw, lengths_of = record_stand_in(env_id)
     assert raw["obs"].dtype == np.float64
-    assert raw["action"].dtype == kind.act_dtype
     if name == "kitchen":
+        assert raw["action"].dtype == np.float64
         np.testing.assert_array_equal(raw["reward"], [2] * 6 + [1] * 18, "paid again in every step")
     if name == "pen":
         assert raw["next_obs"][0, 26] < 0.075, "dropped"
 
-    # Train and evaluate
-    module = importlib.import_module(f"algorithms.{algorithm}")
-    few = {"num_solver_calls": 1, "solver_order": 1}
-    if algorithm == "dql_baseline":
-        few = {"num_diffusion_steps": 5, "beta_schedule": "vp"}
-    args = module.Args(
-        env_id=env_id,
-        run_dir=str(tmp_path / "run"),
-        num_updates=4,
-        eval_episodes=1,
-        num_eval_actions=1,
-        batch_size=8,
-        **few,
-    )
-    results = module.train(args)
-
-    # What was learned from: the recording, its rewards shaped, its terminals the domain's
-    header = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert header["args"]["reward_rule"] == rule
-    learned, _ = load_dataset(resolve_task(env_id), rule)
+    # What is learned from: the recording, its rewards shaped, its terminals the domain's
+    task = resolve_task(env_id)
     cuts = np.cumsum([length for lengths in lengths_of.values() for length in lengths])
     episodes = list(zip(np.split(raw["reward"], cuts[:-1]), np.split(raw["next_obs"], cuts[:-1])))
-    expected = {
-        "obs": raw["obs"],
-        "action": np.clip(raw["action"], -0.999, 0.999),
-        "reward": shaped(rule, raw["reward"], [reward.sum() for reward, _ in episodes]),
-        "next_obs": raw["next_obs"],
-        "terminal": raw["reward"] > 0 if name == "antmaze" else raw["terminal"],
-    }
-    for column, array in learned._asdict().items():
-        np.testing.assert_allclose(array, expected[column], rtol=1e-4, atol=1e-5, err_msg=column)
-        assert array.dtype == np.float32, column
     terminations = {"antmaze": 6, "hopper": len(lengths_of), "walker2d": len(lengths_of)}.get(name, 0)
-    assert learned.terminal.sum() == terminations
-    values = [behaviour_return(name, *episode) for episode in episodes]
-    expected = {
-        "dataset": " + ".join(lengths_of),
-        "transitions": 24,
-        "episodes": len(episodes),
-        "observation_dim": kind.obs_dim,
-        "action_dim": kind.act_dim,
-        "behaviour_score": pytest.approx(score(np.mean(values)), rel=1e-4, abs=1e-4),
-        "terminations": terminations,
-        "reward_rule": rule,
-    }
-    assert {key: header["dataset"][key] for key in expected} == expected
+    for rule in kind.rules:
+        learned, behaviour = load_dataset(task, rule)
+        expected = raw | {
+            "action": np.clip(raw["action"], -0.999, 0.999),
+            "reward": shape_reward(raw["reward"], np.array([reward.sum() for reward, _ in episodes]), rule),
+            "terminal": raw["reward"] > 0 if name == "antmaze" else raw["terminal"],
+        }
+        for column, array in learned._asdict().items():
+            np.testing.assert_allclose(array, expected[column], rtol=1e-4, atol=1e-5, err_msg=column)
+            assert array.dtype == np.float32, column
+        returns = np.array([behaviour_return(name, *episode) for episode in episodes])
+        np.testing.assert_allclose(behaviour.scores, normalized_score(task.environment, returns), rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(behaviour.episode_end, cuts)
+        expected = {"dataset": " + ".join(lengths_of), "transitions": 24, "episodes": len(cuts), "reward_rule": rule}
+        expected |= {"observation_dim": kind.obs_dim, "action_dim": kind.act_dim, "terminations": terminations}
+        assert expected.items() <= behaviour.statistics.items()
 
-    # What came out: an episode at most as long as D4RL's, and the score of its raw return
-    with open(tmp_path / "run" / "eval.csv", newline="") as file:
-        (row,) = csv.DictReader(file)
-    value, length = float(row["return"]), int(row["length"])
-    may_end = name in ("hopper", "walker2d", "pen") or value == kind.reference[1]
-    assert 0 < length <= horizon if may_end else length == horizon
-    np.testing.assert_allclose(results["last"], [score(value)], rtol=1e-6, atol=1e-9)
+    # Where it is evaluated: in episodes as long as D4RL's
+    rng, horizon = np.random.default_rng(0), 700 if "umaze" in env_id else kind.horizon
+    evaluate = Evaluator(task.environment, [0], 1)
+    ((length,),) = evaluate(lambda obs, step: rng.uniform(-1, 1, (1, 1, kind.act_dim)), 1).lengths
+    assert 0 < length < horizon if name in ("hopper", "walker2d", "pen") else length == horizon
+
+
+def cases() -> list:
+    """One task of each shape with its kind's algorithm; the other tasks, and the other algorithms, take minutes."""
+    of_shapes = ("halfcheetah-medium", "hopper-medium", "antmaze-umaze", "pen-human", "kitchen-partial")
+    quick = [(env_id, KINDS[env_id.split("-")[0]].algorithm) for env_id in of_shapes]
+    slow = [(env_id, KINDS[env_id.split("-")[0]].algorithm) for env_id in ENV_IDS]
+    slow += [(env_id, algorithm) for env_id in of_shapes for algorithm in ALGORITHMS]
+    return quick + [pytest.param(*case, marks=pytest.mark.slow) for case in dict.fromkeys(slow) if case not in quick]
+
+
+@pytest.mark.parametrize(("env_id", "algorithm"), cases())
+def test_a_task_is_learned_and_scored(env_id, algorithm, datasets, tmp_path, quick_compilation):
+    record_stand_in(env_id)
+    few = {"num_solver_calls": 1, "solver_order": 1, "num_eval_actions": 1}
+    few |= {"num_diffusion_steps": 5, "beta_schedule": "vp"} if algorithm == "dql_baseline" else {}
+    module = importlib.import_module(f"algorithms.{algorithm}")
+    always = {"num_updates": 4, "eval_episodes": 1, "batch_size": 8}
+    results = module.train(make_args(module, few, env_id=env_id, run_dir=str(tmp_path / "run"), **always))
+    header = json.loads((tmp_path / "run" / "args.json").read_text())
+    rule = "none" if algorithm == "bc" else KINDS[env_id.split("-")[0]].rules[algorithm.endswith("iql")]
+    assert header["dataset"]["reward_rule"] == header["args"].get("reward_rule", "none") == rule
+    (row,) = rows_of(tmp_path / "run" / "eval.csv")
+    score = normalized_score(TASKS[env_id].environment, np.array([float(row["return"])]))
+    np.testing.assert_allclose(results["last"], score, rtol=1e-6, atol=1e-9)
 
 
 def test_the_kitchen_pays_a_task_once_at_evaluation_and_in_every_step_of_the_data(datasets):
     data_env, env = recorder_of("kitchen-partial"), make_env(TASKS["kitchen-partial"].environment)
-    rewards = {}
-    for name, kitchen in (("data", data_env), ("evaluation", env)):
+    for kitchen, rewards in ((data_env, [2, 2, 2]), (env, [2, 0, 0])):
         kitchen.reset(seed=0)
         complete_tasks(kitchen, 0)
-        rewards[name] = [kitchen.step(np.zeros(9))[1] for _ in range(3)]
-    assert rewards == {"data": [2, 2, 2], "evaluation": [2, 0, 0]}
+        assert [kitchen.step(np.zeros(9))[1] for _ in range(3)] == rewards
     record(data_env, "D4RL/kitchen/partial-v2", (3,), prepare=complete_tasks)
-    _, info = load_dataset(resolve_task("kitchen-partial"), "normalize")
-    assert info.behaviour_score == 100 * sum(rewards["evaluation"]) / 4
-
-
-def test_the_tasks_are_the_papers_twenty():
-    assert len(ENV_IDS) == 20
-    assert {KINDS[env_id.split("-")[0]].algorithm for env_id in ENV_IDS} == {
-        "edp_td3bc",
-        "edp_crr",
-        "edp_iql",
-        "dql_baseline",
-    }
+    _, behaviour = load_dataset(resolve_task("kitchen-partial"), "normalize")
+    assert behaviour.scores == 100 * 2 / 4

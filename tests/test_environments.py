@@ -1,8 +1,8 @@
 """Evaluation against hand-written loops over Gymnasium's own environments."""
 
+import os
 import subprocess
 import sys
-import tempfile
 
 import gymnasium
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 from common.harness import Evaluator, environments, pointmaze
 from common.harness.datasets import cell_centre
 from common.harness.environments import make_env, make_gym_env
-from common.harness.tasks import ENVIRONMENTS, OTHER, TASKS, Environment
+from common.harness.tasks import ENVIRONMENTS
 
 HOPPER = ENVIRONMENTS["Hopper"]
 
@@ -23,25 +23,19 @@ def wild_policy(obs, step: int):
     return np.sin(100 * products.sum(axis=-2))  # `@` would round by the size of the batch
 
 
-class Spy(gymnasium.Wrapper):
-    """Remembers the seeds of resets and counts the steps since."""
-
-    def __init__(self, env):
-        super().__init__(env)
-        self.seeds, self.steps = [], []
-
-    def reset(self, *, seed=None, options=None):
-        self.seeds.append(seed)
-        self.steps.append(0)
-        return self.env.reset(seed=seed, options=options)
-
-    def step(self, action):
-        self.steps[-1] += 1
-        return self.env.step(action)
-
-
 @pytest.fixture
 def spied(monkeypatch):
+    """Environments that remember the seeds of their resets and count the steps since."""
+
+    class Spy(gymnasium.Wrapper):
+        def reset(self, *, seed=None, options=None):
+            self.seeds, self.steps = [*getattr(self, "seeds", []), seed], 0
+            return self.env.reset(seed=seed, options=options)
+
+        def step(self, action):
+            self.steps += 1
+            return self.env.step(action)
+
     monkeypatch.setattr(environments, "make_env", lambda environment: Spy(make_env(environment)))
 
 
@@ -63,12 +57,11 @@ def test_returns_are_those_of_a_plain_loop_and_only_first_episodes_count(spied):
     evaluate = Evaluator(HOPPER, [0, 1], 4)
     episodes = evaluate(wild_policy, update=1)
     env = gymnasium.make("Hopper-v5")
-    for i, row in enumerate(evaluate.envs):
-        for j, spy in enumerate(row):
-            total, length = rollout(env, spy.seeds[0], wild_policy)
-            assert episodes.returns[i, j] == pytest.approx(total, rel=1e-6)
-            assert episodes.lengths[i, j] == length
-            assert spy.steps == [length], "a copy is left alone when its episode is over"
+    for i, j in np.ndindex(2, 4):
+        spy = evaluate.envs[i][j]
+        total, length = rollout(env, spy.seeds[0], wild_policy)
+        assert episodes.returns[i, j] == pytest.approx(total, rel=1e-6)
+        assert episodes.lengths[i, j] == spy.steps == length, "a copy is left alone when its episode is over"
     assert len(np.unique(episodes.lengths)) > 2, "episodes of one length would show nothing"
     assert (episodes.paths, episodes.maze) == ([], None)
 
@@ -92,34 +85,10 @@ def test_an_evaluation_is_a_function_of_seed_and_update_alone():
     np.testing.assert_array_equal(alone.lengths[0], first.lengths[1, :2])
 
 
-@pytest.mark.parametrize("gym_id", ["Pendulum-v1", "Pusher-v5"])
-def test_an_unknown_environment_is_played_as_registered_with_actions_scaled_to_its_box(gym_id):
-    plain = gymnasium.make(gym_id)
-    assert plain.action_space.high.max() == 2
-    (obs_dim,), (act_dim,) = plain.observation_space.shape, plain.action_space.shape
-    weights = 0.2 * np.random.default_rng(0).standard_normal((obs_dim, act_dim)).astype(np.float32)
-    act = lambda obs, step: np.tanh(obs @ weights + np.float32(np.sin(step)))
-    env = make_env(Environment(OTHER, plain.spec))
-    np.testing.assert_array_equal((env.action_space.low, env.action_space.high), ([-1] * act_dim, [1] * act_dim))
-    total, length = rollout(env, 3, act)
-    expected, expected_length = rollout(plain, 3, lambda obs, step: 2 * act(obs, step))
-    assert length == expected_length == plain.spec.max_episode_steps
-    assert total == pytest.approx(expected, rel=1e-5)
-
-
 # ----------------------------------------------------------------------------------------------------- protocols
 
 
-@pytest.mark.parametrize(
-    ("name", "horizon"),
-    [
-        ("HalfCheetah", 1000),
-        ("AntMaze_UMaze", 700),
-        ("AdroitHandDoor", 200),
-        ("PointMaze_UMaze", 300),
-        ("PointMaze_Large", 800),
-    ],
-)
+@pytest.mark.parametrize(("name", "horizon"), [("AdroitHandDoor", 200), ("PointMaze_UMaze", 300)])
 def test_doing_nothing_lasts_until_the_horizon(name, horizon):
     env = make_env(ENVIRONMENTS[name])
     action = np.zeros((1, 1, *env.action_space.shape), np.float32)
@@ -145,19 +114,6 @@ def test_a_pen_played_at_random_returns_about_64():
     evaluate = Evaluator(ENVIRONMENTS["AdroitHandPen"], [0], 10)
     returns = [evaluate(lambda obs, step: rng.uniform(-1, 1, (1, 10, 24)), update).returns for update in range(4)]
     assert np.mean(returns) == pytest.approx(64, abs=90)
-
-
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
-@pytest.mark.filterwarnings("ignore:.*share an object:UserWarning")
-def test_the_kitchen_is_made_for_its_tasks_and_280_steps():
-    env = make_env(TASKS["kitchen-mixed"].environment)
-    assert env.spec.max_episode_steps == 280
-    kitchen = env.unwrapped
-    assert sorted(kitchen.tasks_to_complete) == ["bottom burner", "kettle", "light switch", "microwave"]
-    assert kitchen.remove_task_when_completed is kitchen.terminate_on_tasks_completed is True
-    assert env.reset(seed=0)[0].shape == (59,)
-    obs, *rest, _ = env.step(np.zeros(9, np.float32))
-    assert (obs.shape, *rest) == ((59,), 0, False, False)
 
 
 # --------------------------------------------------------------------------------------------------------- mazes
@@ -227,40 +183,23 @@ def test_an_ant_at_its_goal_is_paid_and_done():
     assert (reward, terminated) == (1, True)
 
 
-def test_a_flat_dict_observation_has_the_tables_order():
-    environment = ENVIRONMENTS["AntMaze_UMaze"]
-    flat, _ = make_env(environment).reset(seed=5)
-    start, goal = environment.cells
-    parts, _ = make_gym_env(environment.gym_id, **environment.kwargs).reset(
-        seed=5, options={"reset_cell": np.array(start), "goal_cell": np.array(goal)}
-    )
-    np.testing.assert_array_equal(
-        flat, np.concatenate([parts["achieved_goal"], parts["observation"], parts["desired_goal"]])
-    )
-
-
 # --------------------------------------------------------------------------------------------------------- quiet
 
 
-@pytest.mark.parametrize("name", ["AntMaze_UMaze", "PointMaze_UMaze"])
-def test_making_a_maze_leaves_no_temporary_file(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    env = make_env(ENVIRONMENTS[name])
-    env.reset(seed=0)
-    assert list(tmp_path.iterdir()) == []
-    assert tempfile.gettempdir() == str(tmp_path)
-
-
 QUIET = """
+import tempfile
 from common.harness.environments import make_env
 from common.harness.tasks import ENVIRONMENTS
 for name in ("Hopper", "AntMaze_UMaze", "AdroitHandPen", "PointMaze_UMaze", "FrankaKitchen"):
     env = make_env(ENVIRONMENTS[name])
     env.reset(seed=0)
     env.step(env.action_space.sample())
+tempfile.TemporaryFile().close()
 """
 
 
-def test_importing_making_and_playing_prints_nothing():
-    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, timeout=120)
+def test_importing_making_and_playing_prints_nothing_and_leaves_no_temporary_file(tmp_path):
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", QUIET], env=env, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []

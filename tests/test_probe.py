@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common.data import Dataset
 
 from algorithms import bc, crr, dql_baseline, edp_crr, edp_iql, edp_td3bc, iql, td3bc
-from common.data import Dataset
 from common.networks import twin_q
 
 PAY = 4.0  # large enough for exp(Q) to prefer it clearly in energy-based action selection

@@ -9,9 +9,10 @@ import importlib
 MODULES = {
     "datasets": ("load_dataset", "setup"),
     "environments": ("Evaluator",),
+    "flags": ("NonNegative", "Positive", "UnitInterval"),
     "records": ("Behaviour", "Dataset"),
-    "run": ("NonNegative", "Positive", "Run", "UnitInterval", "load_run"),
-    "tasks": ("RewardRule",),
+    "run": ("Run", "load_run"),
+    "tasks": ("Preset", "RewardRule"),
 }
 
 

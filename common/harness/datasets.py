@@ -26,8 +26,9 @@ from minari.storage.datasets_root_dir import get_dataset_path
 from common.harness import pointmaze
 from common.harness.d4rl import d4rl_task, read_d4rl
 from common.harness.environments import make_env, make_gym_env, observation_parts
+from common.harness.flags import check_flags
 from common.harness.records import Behaviour, Dataset
-from common.harness.run import CACHE, check_flags, set_up_jax
+from common.harness.run import CACHE, set_up_jax
 from common.harness.tasks import (
     GOAL_RADIUS,
     Environment,

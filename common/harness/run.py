@@ -1,4 +1,4 @@
-"""One training run: its flags, its folder, its progress bar, its final table.
+"""One training run: its folder, its progress bar, its final table.
 
 runs/<env-id>__<algorithm>__<seed>__<time>/
     args.json            all arguments, versions, git commit, statistics of the dataset
@@ -17,11 +17,10 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from platform import python_version
 from types import ModuleType
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -40,35 +39,6 @@ CACHE = platformdirs.user_cache_path("edp", appauthor=False)
 PACKAGES = ("jax", "jaxlib", "equinox", "optax", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
 MIN_CHUNK, MAX_CHUNK = 100, 1000  # updates between two signs of life
 RAT_WINDOW = 10  # evaluations in the running average at training
-
-
-# --------------------------------------------------------------------------------------------------------- flags
-
-
-class Bound(NamedTuple):
-    allowed: str
-    holds: Callable[[float], bool]
-
-
-T = TypeVar("T")
-Positive = Annotated[T, Bound("positive", lambda value: 0 < value < np.inf)]
-NonNegative = Annotated[T, Bound("0 or more", lambda value: 0 <= value < np.inf)]
-UnitInterval = Annotated[T, Bound("between 0 and 1", lambda value: 0 <= value <= 1)]
-
-
-def check_flags(args) -> None:
-    """Exits with a sentence if a flag is outside the bounds of its type, `Positive[int]` and so on."""
-    for name, hint in get_type_hints(type(args), include_extras=True).items():
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        for option in (hint, *get_args(hint)):  # of `Positive[int] | None`
-            for bound in getattr(option, "__metadata__", ()):
-                if isinstance(bound, Bound) and value is not None and not bound.holds(value):
-                    raise SystemExit(f"{flag} must be {bound.allowed}, but is {value}.")
-    if args.seed + args.num_seeds > 2**31:
-        raise SystemExit(f"--seed must be below 2^31, but is {args.seed}.")
-    folder = Path(args.run_dir or "")
-    if args.run_dir is not None and folder.is_dir() and any(folder.iterdir()):
-        raise SystemExit(f"The run directory {folder} is not empty; choose another --run-dir.")
 
 
 # ------------------------------------------------------------------------------------------------------- devices
