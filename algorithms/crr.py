@@ -240,7 +240,8 @@ def train(args: Args) -> dict:
         dataset = run.to_devices(dataset)
         init_keys, train_keys, act_keys = run.keys(3)
         obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
-        state = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))(init_keys)
+        init = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))
+        state = run.to_devices(init(init_keys), over_seeds=True)
         evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes)
         for update in range(run.chunk, args.num_updates + 1, run.chunk):
             state, metrics = train_chunk(state, update, train_keys, dataset, args, run.chunk)

@@ -23,7 +23,7 @@ import pytest
 import tyro
 from helpers import ALGORITHMS, SCRIPTS, TINY, fields_of, flags_of, record_hopper, returns_of, rows_of, run_script, tiny
 
-from algorithms import bc, edp_td3bc, td3bc
+from algorithms import edp_td3bc, td3bc
 from common.harness import Behaviour, Evaluator, Run, load_run
 from common.harness.flags import check_flags
 from common.harness.records import Episodes
@@ -52,14 +52,10 @@ def finished(request, tmp_path_factory, made_pointmaze):
     assert process.returncode == 0, process.stderr
     assert [path.name for path in work.iterdir() if not path.name.startswith(".")] == ["runs"]
     (folder,) = (work / "runs").iterdir()
+    assert re.fullmatch(rf"pointmaze-umaze__{request.param}__0__\d{{8}}-\d{{6}}", folder.name)
+    files = {"args.json", "metrics.csv", "eval.csv", "tensorboard", "checkpoint.eqx", "learning_curve.png", "paths.png"}
+    assert {path.name for path in folder.iterdir()} == files
     return request.param, folder, process
-
-
-def test_a_run_leaves_a_folder_named_after_itself(finished):
-    algorithm, folder, _ = finished
-    assert re.fullmatch(rf"pointmaze-umaze__{algorithm}__0__\d{{8}}-\d{{6}}", folder.name)
-    names = {"args.json", "metrics.csv", "eval.csv", "tensorboard", "checkpoint.eqx", "learning_curve.png", "paths.png"}
-    assert {path.name for path in folder.iterdir()} == names
 
 
 def test_args_json_tells_how_to_repeat_the_run(finished):
@@ -75,36 +71,26 @@ def test_args_json_tells_how_to_repeat_the_run(finished):
     for package in ("jax", "equinox", "optax", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari"):
         assert header["versions"][package] == importlib.metadata.version(package)
     assert header["versions"]["python"] == sys.version.split()[0]
-    statistics = header["dataset"]
-    assert (statistics["transitions"], statistics["episodes"]) == (3000, 6)
-    assert (statistics["observation_dim"], statistics["action_dim"]) == (4, 2)
-    mean, std = header["normalization"]
-    assert len(mean) == len(std) == 4
+    statistics = {"transitions": 3000, "episodes": 6, "observation_dim": 4, "action_dim": 2}
+    assert header["dataset"] | statistics == header["dataset"]
+    assert np.shape(header["normalization"]) == (2, 4)
     assert header["reference_returns"] == [0, 1]
     head = subprocess.run(["git", "-C", str(SCRIPTS), "rev-parse", "HEAD"], capture_output=True, text=True)
     expected = head.stdout.strip() if head.returncode == 0 else ""
     assert (header["git_commit"] or "").removesuffix("-dirty") == expected
 
 
-def test_metrics_csv_has_finite_means_of_every_chunk_and_seed(finished):
+def test_the_tables_have_every_chunk_seed_and_episode(finished):
     algorithm, folder, _ = finished
     rows = rows_of(folder / "metrics.csv")
     assert [(row["update"], row["seed"]) for row in rows] == [("10", "0"), ("10", "1"), ("20", "0"), ("20", "1")]
-    assert {"policy_loss", "updates_per_second"} <= set(rows[0])
-    assert ("critic_loss" in rows[0]) == (algorithm != "bc")
+    assert {"policy_loss", "updates_per_second"} | ({"critic_loss"} if algorithm != "bc" else set()) <= set(rows[0])
     assert np.isfinite([[float(value) for value in row.values()] for row in rows]).all()
     assert rows[0]["policy_loss"] != rows[1]["policy_loss"], "seeds differ"
-
-
-def test_eval_csv_has_every_raw_return(finished):
-    _, folder, _ = finished
-    rows = rows_of(folder / "eval.csv")
-    assert [(int(row["update"]), int(row["seed"]), int(row["episode"])) for row in rows] == [
-        (update, seed, episode) for update in (10, 20) for seed in (0, 1) for episode in (0, 1)
-    ]
-    for row in rows:
-        assert float(row["return"]) in (0, 1)
-        assert int(row["length"]) == 300 if float(row["return"]) == 0 else int(row["length"]) <= 300
+    assert returns_of(folder).shape == (2, 2, 2), "evaluations, seeds, episodes"
+    for row in rows_of(folder / "eval.csv"):
+        assert row["return"] in ("0.0", "1.0")
+        assert int(row["length"]) == 300 if row["return"] == "0.0" else int(row["length"]) <= 300
 
 
 def test_the_checkpoint_holds_the_trained_state(finished):
@@ -116,8 +102,6 @@ def test_the_checkpoint_holds_the_trained_state(finished):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     counts = [np.ravel(leaf) for leaf in jax.tree.leaves(state) if leaf.dtype == np.int32]
     assert max(np.concatenate(counts)) == 20, "updates, as the optimizers count them"
-    with pytest.raises((TypeError, ValueError)):
-        load_run(folder, bc if algorithm != "bc" else td3bc)
 
 
 def test_pictures_and_tensorboard_show_something(finished):
@@ -256,24 +240,21 @@ def test_tracking_follows_tensorboard_from_before_its_first_file(tmp_path, monke
 # ------------------------------------------------------------------------------------------------------- refusals
 
 
-IMPOSSIBLE = [
-    ({"env_id": "hoper-medium"}, ["hoper-medium", "hopper-medium", "--dataset-id"]),
-    ({"env_id": "pen-human"}, ["minari download D4RL/pen/human-v2", "pointmaze-umaze"]),
-    ({"num_updates": 25, "eval_every": 10}, ["--num-updates 25", "--eval-every 10", "20"]),
-    ({"num_updates": 10, "eval_every": 20}, ["--num-updates 10", "--eval-every 20"]),
-    ({"gamma": 2.0}, ["--gamma", "2.0"]),
-    ({"seed": 3_000_000_000}, ["--seed"]),
-]
-
-
 @pytest.mark.parametrize(
-    ("args", "named"), IMPOSSIBLE, ids=[" ".join(f"{k}={v}" for k, v in args.items()) for args, _ in IMPOSSIBLE]
+    ("args", "named"),
+    [
+        ({"env_id": "hoper-medium"}, ["hoper-medium", "hopper-medium", "--dataset-id"]),
+        ({"env_id": "pen-human"}, ["minari download D4RL/pen/human-v2", "pointmaze-umaze"]),
+        ({"num_updates": 25, "eval_every": 10}, ["--num-updates 25", "--eval-every 10", "20"]),
+        ({"num_updates": 10, "eval_every": 20}, ["--num-updates 10", "--eval-every 20"]),
+        ({"gamma": 2.0}, ["--gamma", "2.0"]),
+        ({"seed": 3_000_000_000}, ["--seed"]),
+    ],
+    ids=str,
 )
-def test_an_impossible_argument_exits_naming_it(args, named, pointmaze_datasets, tmp_path, monkeypatch, exit_sentence):
-    monkeypatch.chdir(tmp_path)
+def test_an_impossible_argument_exits_naming_it(args, named, pointmaze_datasets, tmp_path, exit_sentence):
     sentence = exit_sentence(edp_td3bc.train, edp_td3bc.Args(**TINY | {"run_dir": str(tmp_path / "run")} | args))
-    for part in named:
-        assert part in sentence
+    assert all(part in sentence for part in named)
     assert not (tmp_path / "run").exists(), "a refused run leaves nothing"
 
 
@@ -292,9 +273,9 @@ def test_no_number_may_be_negative_and_no_count_0(algorithm, exit_sentence):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"num_diffusion_steps": 10}, ["not 10", "'vp'"]),
-        ({"num_solver_calls": 2}, ["order 3", "not 2"]),
-        ({"solver_order": 4}, ["not 4"]),
+        ({"num_diffusion_steps": 10}, "not 10; choose 'vp'"),
+        ({"num_solver_calls": 2}, "order 3 needs at least 3 network calls, not 2"),
+        ({"solver_order": 4}, "not 4"),
     ],
     ids=str,
 )
@@ -303,8 +284,7 @@ def test_an_impossible_diffusion_is_refused(flags, named, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         tyro.cli(edp_td3bc.Args, args=flags_of(**flags))
     assert caught.value.code == 2
-    printed = capsys.readouterr().err
-    assert all(part in printed for part in named)
+    assert named in capsys.readouterr().err
 
 
 def test_a_run_directory_in_use_is_refused_and_left_alone(tmp_path, exit_sentence):
@@ -329,10 +309,9 @@ def test_tracking_without_wandb_exits_with_the_remedy(tmp_path, monkeypatch, exi
 
 
 def test_a_refusal_is_one_sentence_on_stderr(tmp_path):
-    flags = flags_of(env_id="kitchen-mixed")
-    process = run_script("edp_td3bc", *flags, cwd=tmp_path, MINARI_DATASETS_PATH=str(tmp_path / "minari"))
-    assert process.returncode == 1
-    assert process.stdout == ""
+    flags, env = flags_of(env_id="kitchen-mixed"), {"MINARI_DATASETS_PATH": str(tmp_path / "minari")}
+    process = run_script("edp_td3bc", *flags, cwd=tmp_path, **env)
+    assert (process.returncode, process.stdout) == (1, "")
     (sentence,) = process.stderr.splitlines()
     assert "minari download D4RL/kitchen/mixed-v2" in sentence
     assert not (tmp_path / "runs").exists()
@@ -351,6 +330,5 @@ def test_help_explains_every_flag(algorithm, monkeypatch):
     fields = fields_of(algorithm)
     assert len(fields) > 20
     for name, text in fields.items():
-        flag = "--" + name.replace("_", "-")
-        assert flag in words
-        assert " ".join(text.split()) in words, f"{flag} is not explained"
+        assert "--" + name.replace("_", "-") in words
+        assert " ".join(text.split()) in words, f"{name} is not explained"

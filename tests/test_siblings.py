@@ -64,11 +64,10 @@ def test_shared_text_is_identical(names, algorithms):
         assert len({definitions(algorithm)[name] for algorithm in algorithms}) == 1, name
 
 
-@pytest.mark.parametrize("algorithm", FEED_FORWARD)
-def test_states_are_identical_but_for_the_class_of_the_policy(algorithm):
+@pytest.mark.parametrize(("algorithm", "policy"), FEED_FORWARD.items())
+def test_states_are_identical_but_for_the_class_of_the_policy(algorithm, policy):
     for name in ("TrainState", "init_state"):
-        expected = definitions(f"edp_{algorithm}")[name].replace("NoisePredictor", FEED_FORWARD[algorithm])
-        assert definitions(algorithm)[name] == expected
+        assert definitions(algorithm)[name] == definitions(f"edp_{algorithm}")[name].replace("NoisePredictor", policy)
 
 
 @over_algorithms

@@ -61,9 +61,9 @@ def to_devices(tree, over_seeds: bool = False):
 
     Programs run where their arguments are. Seeds that cannot be shared out evenly are copied, too.
     """
-    shared = over_seeds and len(jax.tree.leaves(tree)[0]) % jax.device_count() == 0
+    shared = over_seeds and jax.device_count() > 1 and len(jax.tree.leaves(tree)[0]) % jax.device_count() == 0
     mesh = Mesh(np.array(jax.devices()), ("seeds",))
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("seeds" if shared else None)))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("seeds") if shared else PartitionSpec()))
 
 
 def seed_keys(seeds: list[int], num: int) -> tuple[Key[Array, " seeds"], ...]:
