@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from common.diffusion import Prediction, ScheduleName, corrupt, ddpm_sample, implied_noise, make_schedule
 from common.dpm_solver import dpm_solver_sample, solver_orders
-from common.harness import Behaviour, Dataset, Evaluator, Preset, Run, load_dataset, setup
+from common.harness import Behaviour, Dataset, Evaluator, Loss, Preset, Run, load_dataset, setup
 from common.harness.flags import NonNegative, Positive, UnitInterval
 from common.networks import GaussianPolicy, NoisePredictor
 
@@ -162,9 +162,7 @@ def sample_action(
 
 
 # ------------------------------------------------------------------------------------------------------- losses
-def policy_loss(
-    policy: GaussianPolicy | NoisePredictor, batch: Dataset, key: PRNGKeyArray, args: Args
-) -> tuple[Float[Array, ""], dict]:
+def policy_loss(policy: GaussianPolicy | NoisePredictor, batch: Dataset, key: PRNGKeyArray, args: Args) -> Loss:
     """-mean log pi(a | s), or Eq. 5."""
     if args.policy == "gaussian":
         loss = -jnp.mean(jax.vmap(policy.log_prob)(batch.obs, batch.action))
@@ -201,7 +199,7 @@ def train_chunk(state: TrainState, last: Array, keys: Key[Array, " seeds"], data
 # ------------------------------------------------------------------------------------------------------- acting
 def select_action(
     state: TrainState, obs: Float[Array, " obs_dim"], key: PRNGKeyArray, step: Int[Array, ""], args: Args
-) -> Float[Array, " act_dim"]:
+):
     """At a step of an episode: the Gaussian's mean, or one sample of the diffusion policy."""
     if args.policy == "gaussian":
         return state.policy(obs)

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from common.diffusion import Prediction, ScheduleName, corrupt, ddpm_sample, implied_noise, make_schedule
 from common.dpm_solver import dpm_solver_sample, solver_orders
-from common.harness import Dataset, Evaluator, Preset, RewardRule, Run, load_dataset, setup
+from common.harness import Dataset, Evaluator, Loss, Preset, RewardRule, Run, load_dataset, setup
 from common.harness.flags import NonNegative, Positive, UnitInterval
 from common.networks import Critic, NoisePredictor, init_twin_critics, twin_q
 
@@ -215,7 +215,7 @@ def critic_target(
     return batch.reward + args.gamma * (1 - batch.terminal) * next_q.min(axis=0)
 
 
-def critic_loss(critics: Critic, target: Float[Array, " batch"], batch: Dataset) -> tuple[Float[Array, ""], dict]:
+def critic_loss(critics: Critic, target: Float[Array, " batch"], batch: Dataset) -> Loss:
     """Eq. 6: the sum over both critics of mean (Q_i(s, a) - target)^2."""
     q = twin_q(critics, batch.obs, batch.action)
     loss = jnp.sum(jnp.mean((q - jax.lax.stop_gradient(target)[None]) ** 2, axis=1))
@@ -232,9 +232,7 @@ def advantage_weight(
     return jnp.minimum(jnp.exp(advantage / args.temperature), MAX_WEIGHT)
 
 
-def policy_loss(
-    policy: NoisePredictor, critics: Critic, batch: Dataset, key: PRNGKeyArray, args: Args
-) -> tuple[Float[Array, ""], dict]:
+def policy_loss(policy: NoisePredictor, critics: Critic, batch: Dataset, key: PRNGKeyArray, args: Args) -> Loss:
     """Eq. 13 and 20: L_diff + eta mean f(s, a) |a - a-hat^0|^2 / 2 (D10, D27), or Eq. 12 for its likelihood (D12)."""
     diffusion_key, advantage_key = jax.random.split(key)
     diffusion, corruption = diffusion_loss(policy, batch, diffusion_key, args)
@@ -295,7 +293,7 @@ def train_chunk(state: TrainState, last: Array, keys: Key[Array, " seeds"], data
 # ------------------------------------------------------------------------------------------------------- acting
 def select_action(
     state: TrainState, obs: Float[Array, " obs_dim"], key: PRNGKeyArray, step: Int[Array, ""], args: Args
-) -> Float[Array, " act_dim"]:
+):
     """Alg. 2, at a step of an episode: one of N actions of the policy, with probability ~ exp(min_i Q_i(s, a))."""
     sample_key, choice_key = jax.random.split(jax.random.fold_in(key, step))
     candidate_obs = jnp.tile(obs, (args.num_eval_actions, 1))

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from common.diffusion import Prediction, ScheduleName, corrupt, ddpm_sample, implied_noise, make_schedule
 from common.dpm_solver import dpm_solver_sample, solver_orders
-from common.harness import Dataset, Evaluator, Preset, RewardRule, Run, load_dataset, setup
+from common.harness import Dataset, Evaluator, Loss, Preset, RewardRule, Run, load_dataset, setup
 from common.harness.flags import NonNegative, Positive, UnitInterval
 from common.networks import Critic, NoisePredictor, Value, init_twin_critics, twin_q
 
@@ -149,8 +149,7 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
     policy_opt, critics_opt = policy_optimizer.init(policy), optimizer.init(critics)
     target_critics = jax.tree.map(jnp.copy, critics)  # a copy: donated buffers must differ
     value = Value(obs_dim, value_key, args.critic_layer_norm)
-    value_opt = optimizer.init(value)
-    return TrainState(policy, policy_opt, critics, critics_opt, target_critics, value, value_opt)
+    return TrainState(policy, policy_opt, critics, critics_opt, target_critics, value, optimizer.init(value))
 
 
 # --------------------------------------------------------------------------------------------- diffusion policy
@@ -201,7 +200,7 @@ def sample_action(
 
 
 # ------------------------------------------------------------------------------------------------------- losses
-def value_loss(value: Value, target_critics: Critic, batch: Dataset, args: Args) -> tuple[Float[Array, ""], dict]:
+def value_loss(value: Value, target_critics: Critic, batch: Dataset, args: Args) -> Loss:
     """Eq. 22: mean |expectile - 1(u < 0)| u^2 with u = min_i Q'_i(s, a) - V(s) (D13)."""
     v = jax.vmap(value)(batch.obs)
     error = twin_q(target_critics, batch.obs, batch.action).min(axis=0) - v
@@ -214,7 +213,7 @@ def critic_target(value: Value, batch: Dataset, args: Args) -> Float[Array, " ba
     return batch.reward + args.gamma * (1 - batch.terminal) * jax.vmap(value)(batch.next_obs)
 
 
-def critic_loss(critics: Critic, target: Float[Array, " batch"], batch: Dataset) -> tuple[Float[Array, ""], dict]:
+def critic_loss(critics: Critic, target: Float[Array, " batch"], batch: Dataset) -> Loss:
     """Eq. 6: the sum over both critics of mean (Q_i(s, a) - target)^2."""
     q = twin_q(critics, batch.obs, batch.action)
     loss = jnp.sum(jnp.mean((q - jax.lax.stop_gradient(target)[None]) ** 2, axis=1))
@@ -229,7 +228,7 @@ def advantage_weight(value: Value, target_critics: Critic, batch: Dataset, args:
 
 def policy_loss(
     policy: NoisePredictor, weight: Float[Array, " batch"], batch: Dataset, key: PRNGKeyArray, args: Args
-) -> tuple[Float[Array, ""], dict]:
+) -> Loss:
     """Eq. 13 and 20: L_diff + eta mean f(s, a) |a - a-hat^0|^2 / 2 (D10, D27)."""
     diffusion, corruption = diffusion_loss(policy, batch, key, args)
     action = approximate_action(corruption, args)
@@ -285,7 +284,7 @@ def train_chunk(state: TrainState, last: Array, keys: Key[Array, " seeds"], data
 # ------------------------------------------------------------------------------------------------------- acting
 def select_action(
     state: TrainState, obs: Float[Array, " obs_dim"], key: PRNGKeyArray, step: Int[Array, ""], args: Args
-) -> Float[Array, " act_dim"]:
+):
     """Alg. 2, at a step of an episode: one of N actions of the policy, with probability ~ exp(min_i Q_i(s, a))."""
     sample_key, choice_key = jax.random.split(jax.random.fold_in(key, step))
     candidate_obs = jnp.tile(obs, (args.num_eval_actions, 1))

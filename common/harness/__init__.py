@@ -10,7 +10,7 @@ MODULES = {
     "datasets": ("load_dataset", "setup"),
     "environments": ("Evaluator",),
     "flags": ("NonNegative", "Positive", "UnitInterval"),
-    "records": ("Behaviour", "Dataset"),
+    "records": ("Behaviour", "Dataset", "Loss"),
     "run": ("Run", "load_run"),
     "tasks": ("Preset", "RewardRule"),
 }

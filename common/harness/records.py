@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
+Loss = tuple[Float[Array, ""], dict[str, Any]]  # a loss, and metrics by name
+
 
 class Dataset(NamedTuple):
     """Transitions, episode after episode."""
