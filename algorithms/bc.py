@@ -46,7 +46,7 @@ class Args:
     dataset_path: str | None = None
     """an original D4RL file (HDF5) of the task, in place of Minari's data"""
     preset: Preset | None = None
-    """paper; fast, for few updates: tau 0.2, layer norm, predicted actions, normalised observations; pointmaze: fast"""
+    """paper; or fast, for some thousands of updates (README, "Short of compute?"), which is pointmaze's default"""
     normalize_obs: bool = False
     """standardise observations by the dataset's mean and deviation"""
     seed: NonNegative[int] = 0
@@ -60,7 +60,7 @@ class Args:
 
     # Evaluation
     eval_every: Positive[int] | None = None
-    """updates between evaluations: 10,000; in pointmaze 2,000"""
+    """updates between evaluations: 10,000; in pointmaze 1,000"""
     eval_episodes: Positive[int] | None = None
     """episodes of each evaluation, for each seed: 10; in mazes 100"""
     policy_temperature: NonNegative[float] = 1.0
@@ -70,7 +70,7 @@ class Args:
 
     # Optimisation
     num_updates: Positive[int] | None = None
-    """gradient updates: 2,000,000 in locomotion, 1,000,000 in antmaze, adroit, kitchen, 10,000 in pointmaze"""
+    """gradient updates: 2,000,000 in locomotion, 1,000,000 in antmaze, adroit, kitchen, 3,000 in pointmaze"""
     batch_size: Positive[int] = 256
     """transitions of an update"""
     learning_rate: Positive[float] = 3e-4

@@ -39,7 +39,7 @@ def test_the_table_holds_the_papers_twenty_tasks_and_three_pointmazes():
         (ANTMAZE, (3e-4, 1.0, 1_000_000, "cql_antmaze", "iql_antmaze", 0.9, 1 / 10, 10_000, 100, "paper")),
         (ADROIT, (3e-5, 0.1, 1_000_000, "normalize", "normalize", 0.7, 1 / 0.5, 10_000, 10, "paper")),
         (KITCHEN, (3e-4, 0.005, 1_000_000, "normalize", "normalize", 0.7, 1 / 0.5, 10_000, 10, "paper")),
-        (POINTMAZE, (3e-4, 1.0, 10_000, "cql_antmaze", "iql_antmaze", 0.9, 1 / 10, 2_000, 100, "fast")),
+        (POINTMAZE, (3e-4, 1.0, 3_000, "cql_antmaze", "iql_antmaze", 0.9, 1 / 10, 1_000, 100, "fast")),
     ],
 )
 def test_hyperparameters_of_the_domains(env_ids, expected):

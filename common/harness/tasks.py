@@ -18,12 +18,8 @@ from gymnasium.envs.registration import EnvSpec
 
 RewardRule = Literal["none", "normalize", "cql_antmaze", "iql_antmaze", "iql_locomotion"]
 Preset = Literal["paper", "fast"]
-FAST = {
-    "tau": 0.2,
-    "critic_layer_norm": True,
-    "normalize_obs": True,
-    "prediction": "action",
-}  # README, "Short of compute?"
+# What "fast" sets, for runs of some thousands of updates: README, "Short of compute?".
+FAST = {"tau": 0.2, "critic_layer_norm": True, "normalize_obs": True, "prediction": "action", "lr_decay": True}
 
 
 class Domain(NamedTuple):
@@ -46,7 +42,7 @@ LOCOMOTION = Domain("locomotion", 3e-4, 1.0, 2_000_000, "none", "iql_locomotion"
 ANTMAZE = Domain("antmaze", 3e-4, 1.0, 1_000_000, "cql_antmaze", "iql_antmaze", 0.9, 1 / 10, eval_episodes=100)
 ADROIT = Domain("adroit", 3e-5, 0.1, 1_000_000, "normalize", "normalize", temperature=2.0)
 KITCHEN = Domain("kitchen", 3e-4, 0.005, 1_000_000, "normalize", "normalize", temperature=2.0)
-POINTMAZE = ANTMAZE._replace(name="pointmaze", num_updates=10_000, eval_every=2_000, preset="fast")
+POINTMAZE = ANTMAZE._replace(name="pointmaze", num_updates=3_000, eval_every=1_000, preset="fast")
 OTHER = LOCOMOTION._replace(name="other", iql_reward_rule="none")
 
 
