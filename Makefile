@@ -4,7 +4,7 @@ VENV := .venv/bin
 
 .PHONY: demo test test-slow lint clean
 
-demo: .venv/.installed  ## learn pointmaze-umaze with EDP + TD3+BC: no download, a few minutes on two cores
+demo: .venv/.installed  ## learn pointmaze-umaze with EDP + TD3+BC: no download, two minutes on two cores
 	$(VENV)/python algorithms/edp_td3bc.py --env-id pointmaze-umaze
 
 test: .venv/.installed-dev  ## everything but the learning tests that take minutes
