@@ -17,6 +17,7 @@ All differences from the paper and from the official code are in docs/difference
 """
 
 # ------------------------------------------------------------------------------------------------------ imports
+import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,6 +59,10 @@ class Args:
     """the first seed; a run is a function of (seed, update)"""
     num_seeds: Positive[int] = 1
     """seeds trained together in one program: seed, seed + 1, ..."""
+    resume: str | None = None
+    """go on with the run in this folder; --num-updates may be larger than it was"""
+    checkpoint_every: Positive[float] = 10.0
+    """minutes between checkpoints, besides those at evaluations"""
     run_dir: str | None = None
     """where to write; by default runs/<env-id>__<algorithm>__<seed>__<time>"""
     track: bool = False
@@ -239,15 +244,17 @@ def train(args: Args) -> dict:
         init_keys, train_keys, act_keys = run.keys(3)
         obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
         init = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))
-        state = run.to_devices(init(init_keys), over_seeds=True)
+        state, start = run.restore(run.to_devices(init(init_keys), over_seeds=True))
         evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes)
-        for update in range(run.chunk, args.num_updates + 1, run.chunk):
-            state, metrics = train_chunk(state, update, train_keys, dataset, args, run.chunk)
-            run.log_metrics(update, metrics)
-            if update % args.eval_every == 0:
+        for update in range(start, args.num_updates + 1, run.chunk):
+            if update > start:
+                state, metrics = train_chunk(state, update, train_keys, dataset, args, run.chunk)
+                run.log_metrics(update, metrics)
+                run.save(update, state)
+            if run.evaluation_due(update):
                 keys = run.episode_keys(act_keys, update)
                 policy = lambda obs, step: act(state, (obs - mean) / std, keys, step, args)
-                run.log_evaluation(update, evaluate(policy, update), state)
+                run.log_evaluation(update, evaluate(policy, update))
         return run.finish()
 
 

@@ -7,11 +7,12 @@ alone (`python -m common.harness.tasks`) starts without the others.
 import importlib
 
 MODULES = {
+    "checkpoint": ("load_run",),
     "datasets": ("load_dataset", "setup"),
     "environments": ("Evaluator",),
     "flags": ("NonNegative", "Positive", "UnitInterval"),
     "records": ("Behaviour", "Dataset", "Loss"),
-    "run": ("Run", "load_run"),
+    "run": ("Run",),
     "tasks": ("Preset", "RewardRule"),
 }
 

@@ -28,7 +28,7 @@ from common.harness.d4rl import d4rl_task, read_d4rl
 from common.harness.environments import make_env, make_gym_env, observation_parts
 from common.harness.flags import check_flags
 from common.harness.records import Behaviour, Dataset
-from common.harness.run import CACHE, set_up_jax
+from common.harness.run import CACHE, resumed, set_up_jax
 from common.harness.tasks import (
     GOAL_RADIUS,
     Environment,
@@ -49,6 +49,7 @@ def setup(args, iql: bool = False):
     Makes (pointmaze) or downloads data that are not there. Exits with one sentence if something is impossible.
     """
     check_flags(args)
+    args = resumed(args)
     set_up_jax()
     task = resolve_task(args.env_id, args.dataset_id, args.dataset_path)
     return with_domain_defaults(args, task.environment.domain, iql), task

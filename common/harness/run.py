@@ -1,28 +1,34 @@
-"""One training run: its folder, its progress bar, its final table.
+"""One training run: its folder, its progress bar, its final table, its end and its continuation.
+
+A run is a function of (seed, update), so a checkpoint and what was recorded until then are all that it needs to go on.
 
 runs/<env-id>__<algorithm>__<seed>__<time>/
     args.json            all arguments, versions, git commit, statistics of the dataset
     metrics.csv          losses and the like, by update and seed
     eval.csv             every raw return of every evaluation
     tensorboard/         the same for TensorBoard
-    checkpoint.eqx       the training state of all seeds at the last evaluation
+    checkpoint-*.eqx     the training state of all seeds after the updates named: the last two
     learning_curve.png   score against updates
     paths.png            mazes only: the policy's evaluation paths
 """
 
+import contextlib
 import csv
 import dataclasses
+import errno
+import fcntl
 import importlib.metadata
+import itertools
 import json
 import os
+import shlex
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from platform import python_version
-from types import ModuleType
-from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 import platformdirs
@@ -31,14 +37,28 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
-from common.harness import plots
+from common.harness import plots, process
+from common.harness.checkpoint import (
+    CheckpointError,
+    newest_header,
+    read_state,
+    save_checkpoint,
+    saved_args,
+    write_atomically,
+)
 from common.harness.records import Behaviour, Episodes
 from common.harness.tasks import GOAL_RADIUS, Task, normalized_score
 
-CACHE = platformdirs.user_cache_path("edp", appauthor=False)
+try:
+    CACHE = platformdirs.user_cache_path("edp", appauthor=False)
+except RuntimeError:
+    raise SystemExit("There is no home folder to keep data in; set HOME.") from None
 PACKAGES = ("jax", "jaxlib", "equinox", "optax", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
 MIN_CHUNK, MAX_CHUNK = 100, 1000  # updates between two signs of life
 RAT_WINDOW = 10  # evaluations in the running average at training
+MAX_BOARDS = 32  # seeds in TensorBoard, which opens three files for each; the CSV files hold all
+MIN_SPACE = 2**24  # bytes that the folder's file system has left
+FREE = ("num_updates", "checkpoint_every")  # what --resume may change
 
 
 # ------------------------------------------------------------------------------------------------------- devices
@@ -54,6 +74,11 @@ def set_up_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if "xla_cpu_prefer_vector_width" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_prefer_vector_width=512"
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise SystemExit(f"JAX cannot use the device that JAX_PLATFORMS={platforms} asks for; unset it.") from None
 
 
 def to_devices(tree, over_seeds: bool = False):
@@ -81,60 +106,160 @@ class Run:
     to_devices = staticmethod(to_devices)
 
     def __init__(self, script: str, args, task: Task, behaviour: Behaviour):
-        self.args, self.task, self.behaviour, self.algorithm = args, task, behaviour, Path(script).stem
+        self.args, self.task, self.behaviour, self.script = args, task, behaviour, script
+        self.algorithm = Path(script).stem
         self.seeds = list(range(args.seed, args.seed + args.num_seeds))
-        name = f"{task.env_id}__{self.algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path(args.run_dir or Path("runs") / name)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=args.run_dir is not None)
-            (self.folder / "args.json").touch()
-        except FileExistsError:
-            raise SystemExit(f"{self.folder} exists; choose another --run-dir.") from None
-        except OSError as error:
-            raise SystemExit(f"Cannot write to the run directory {self.folder}: {error.strerror}.") from None
         # one length for all chunks, compiled once: a divisor of the evaluation interval that gives signs of life
         divisors = (n for n in range(MAX_CHUNK, MIN_CHUNK, -1) if args.eval_every % n == 0)
         self.chunk = next(divisors, args.eval_every)
         self.scores: dict[int, np.ndarray] = {}  # by update, each (seeds,): means over episodes
         self.unit = "score" if task.environment.reference else "return"
-        self.tracker = _start_wandb(name, args) if args.track else None
         self.header = {
             "algorithm": self.algorithm,
-            "args": dataclasses.asdict(args),
+            "args": dataclasses.asdict(dataclasses.replace(args, resume=None)),
             "dataset": behaviour.statistics,
             "normalization": [behaviour.obs_mean.tolist(), behaviour.obs_std.tolist()],  # if args.normalize_obs
             "reference_returns": task.environment.reference,  # they score 0 and 100; null where there are none
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": python_version()},
             "git_commit": git_commit(),
             "device": jax.devices()[0].device_kind,
+            "update": 0,
         }
-        (self.folder / "args.json").write_text(json.dumps(self.header, indent=2))
+        try:
+            self.folder = self._open_folder() if args.resume else self._make_folder()
+        except OSError as error:
+            raise SystemExit(f"Cannot write to the run directory: {error}.") from None
+        self.tracker = _start_wandb(self.folder.name, args) if args.track else None
         print(f"{self.algorithm} on {task.env_id} ({task.environment.domain.name} defaults), files in {self.folder}/")
         print(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(args).items()), flush=True)
 
+    def _make_folder(self) -> Path:
+        """A folder with args.json, which only one of several runs that want it can make."""
+        name = f"{self.task.env_id}__{self.algorithm}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        suffixes = itertools.chain([""], (f"-{i}" for i in itertools.count(1)))
+        given = None if self.args.run_dir is None else Path(self.args.run_dir).expanduser()
+        for folder in (given or Path("runs") / f"{name}{suffix}" for suffix in suffixes):
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True, exist_ok=given is not None)
+                if any(folder.iterdir()):
+                    raise FileExistsError
+                self._lock(folder)
+                with open(folder / "args.json", "x") as file:
+                    json.dump(self.header, file, indent=2)
+                return folder
+            if given is not None:
+                help_text = f"go on with its run by --resume {given}, or " if (given / "args.json").exists() else ""
+                raise SystemExit(f"The run directory {given} is not empty: {help_text}choose another --run-dir.")
+
+    def _open_folder(self) -> Path:
+        """The folder of --resume, if its run is the one that these data and this version would have made so far."""
+        folder = Path(self.args.resume).expanduser()
+        self._lock(folder)
+        self.checkpoint = old, _ = newest_header(folder)
+        data = {name: (old["dataset"].get(name), value) for name, value in self.header["dataset"].items()}
+        changed = [f"{name} {was}, now {now}" for name, (was, now) in data.items() if was != now]
+        if changed:
+            raise SystemExit(f"The data have changed since the run in {folder}/ began: {', '.join(changed)}.")
+        for name in ("versions", "device", "git_commit"):
+            if old.get(name) != self.header[name]:
+                print(f"Note: {name} differ from those that the run began with; its numbers may, too.")
+        self.header["update"] = old["update"]
+        write_atomically(folder / "args.json", json.dumps(self.header | {"update": 0}, indent=2).encode())
+        return folder
+
+    def _lock(self, folder: Path) -> None:
+        """Until this process ends."""
+        self.lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"Another process is at work in {folder}/.") from None
+
     def __enter__(self):
-        self.files = {name: (self.folder / f"{name}.csv").open("w", newline="") for name in ("metrics", "eval")}
-        self.csv = {name: csv.writer(file) for name, file in self.files.items()}
-        self.csv["eval"].writerow(["update", "seed", "episode", "return", "length"])
-        boards = [self.folder / "tensorboard" / f"seed_{seed}" for seed in self.seeds]
-        self.boards = [tensorboardX.SummaryWriter(str(board)) for board in boards]
-        self.bar = tqdm(total=self.args.num_updates, unit="update", smoothing=0.1, dynamic_ncols=True)
+        for left in self.folder.glob("*.tmp"):
+            left.unlink()
+        update = self.header["update"]
+        rows = {name: _read_rows(self.folder / f"{name}.csv", update) for name in ("metrics", "eval")}
+        num = len(self.seeds) * self.args.eval_episodes
+        for shown, group in itertools.groupby(rows["eval"][1:], key=lambda row: int(row[0])):
+            returns = [float(row[3]) for row in group]
+            if len(returns) == num:
+                returns = np.reshape(returns, (len(self.seeds), -1))
+                self.scores[shown] = normalized_score(self.task.environment, returns).mean(axis=1)
+        rows["eval"] = rows["eval"][: 1 + num * len(self.scores)] or [["update", "seed", "episode", "return", "length"]]
+        self.files, self.csv = {}, {}
+        for name, table in rows.items():
+            text = "".join(",".join(row) + "\n" for row in table)
+            write_atomically(self.folder / f"{name}.csv", text.encode())
+            self.files[name] = (self.folder / f"{name}.csv").open("a", newline="")
+            self.csv[name] = csv.writer(self.files[name], lineterminator="\n")
+        boards = [self.folder / "tensorboard" / f"seed_{seed}" for seed in self.seeds[:MAX_BOARDS]]
+        self.boards = [tensorboardX.SummaryWriter(str(board), purge_step=update + 1) for board in boards]
+        total = self.args.num_updates
+        self.bar = tqdm(total=total, initial=update, unit="update", smoothing=0.1, dynamic_ncols=True)
+        self.saved_at = time.monotonic()
+        process.waiting = not self.evaluation_due(update)
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
+        process.waiting = False
         self.bar.close()
         for stream in (*self.files.values(), *self.boards):
-            stream.close()
+            with contextlib.suppress(OSError):
+                stream.close()
         if self.scores:
             results = ", ".join(f"{name} {values.mean():.1f}" for name, values in self.results().items())
             title = f"{self.algorithm} on {self.task.env_id}: {results}"
             scores, score = np.array(list(self.scores.values())), self.behaviour.statistics["behaviour_score"]
             curve = self.folder / "learning_curve.png"
-            plots.learning_curve(list(self.scores), scores, self.seeds, score, title, self.unit, curve)
+            _draw(plots.learning_curve, list(self.scores), scores, self.seeds, score, title, self.unit, curve)
         if self.tracker is not None:
             self.tracker.finish()
-        if error_type is KeyboardInterrupt:
-            raise SystemExit(f"Stopped; everything up to the last evaluation is in {self.folder}/.") from None
+        command = f"python {os.path.relpath(self.script)} --resume {shlex.quote(str(self.folder))}"
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            print(f"Stopped after update {self.header['update']}. To go on: {command}", file=sys.stderr)
+        if isinstance(error, OSError):
+            raise SystemExit(
+                f"Cannot write to {self.folder}/: {error.strerror}. All that was saved, up to update "
+                f"{self.header['update']}, is good. To go on from there: {command}"
+            ) from None
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise SystemExit("There is not enough memory: lower --batch-size or --num-seeds.") from None
+
+    def restore(self, state):
+        """(state, update) to go on from: of --resume's checkpoint, or `state` and 0."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        self.needed_space = 2 * size + MIN_SPACE  # the checkpoint's temporary file, and some for the others
+        self._check_space()
+        if self.header["update"]:
+            try:
+                state = to_devices(read_state(*self.checkpoint, state), over_seeds=True)
+            except CheckpointError as error:
+                raise SystemExit(f"The checkpoint in {self.folder}/ cannot be used: {error}.") from None
+        return state, self.header["update"]
+
+    def save(self, update: int, state) -> None:
+        """Saves before an evaluation, every --checkpoint-every minutes, and when a signal waits; then leaves."""
+        before_evaluation = update % self.args.eval_every == 0
+        if before_evaluation or process.received or time.monotonic() > self.saved_at + 60 * self.args.checkpoint_every:
+            self._check_space()
+            try:
+                save_checkpoint(self.folder, state, self.header | {"update": update})
+            except CheckpointError as error:
+                raise SystemExit(f"Training diverged: after update {update} {error}.") from None
+            self.header["update"], self.saved_at = update, time.monotonic()
+            process.waiting = False
+            if process.received:
+                sys.exit(128 + process.received[0])
+            process.waiting = not before_evaluation
+
+    def evaluation_due(self, update: int) -> bool:
+        return update > 0 and update % self.args.eval_every == 0 and update not in self.scores
+
+    def _check_space(self) -> None:
+        """Raises OSError while all that was written is whole, not in the midst of writing."""
+        if shutil.disk_usage(self.folder).free < self.needed_space:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def keys(self, num: int) -> tuple[Key[Array, " seeds"], ...]:
         """`num` independent keys for every seed, split over the devices."""
@@ -156,6 +281,7 @@ class Run:
                     f"seed {self.seeds[seed]}; a lower --learning-rate or --max-grad-norm may help. "
                     f"Everything until then is in {self.folder}/."
                 )
+        self._check_space()
         means = {name: value.mean(axis=0, dtype=np.float64) for name, value in metrics.items()}
         if self.files["metrics"].tell() == 0:
             self.csv["metrics"].writerow(["update", "seed", "updates_per_second", *means])
@@ -170,8 +296,9 @@ class Run:
             shown["score"] = f"{self.results()['last'].mean():.1f}"
         self.bar.set_postfix(shown)
 
-    def log_evaluation(self, update: int, episodes: Episodes, state) -> None:
-        """Records every raw return, and saves the training state."""
+    def log_evaluation(self, update: int, episodes: Episodes) -> None:
+        """Records every raw return."""
+        self._check_space()
         returns, lengths, paths, maze = episodes
         self.scores[update] = normalized_score(self.task.environment, returns).mean(axis=1)
         for (i, j), value in np.ndenumerate(returns):
@@ -183,10 +310,10 @@ class Run:
             f"update {update}: score {mean_and_deviation(values['score'])} (behaviour "
             f"{self.behaviour.statistics['behaviour_score']:.1f}), return {mean_and_deviation(values['return'])}"
         )
-        save_checkpoint(self.folder / "checkpoint.eqx", state, {**self.header, "update": update})
         if maze is not None:
             cells, file = self.task.environment.cells, self.folder / "paths.png"
-            plots.maze_paths(maze, cells, GOAL_RADIUS, self.behaviour.paths, paths, file)
+            _draw(plots.maze_paths, maze, cells, GOAL_RADIUS, self.behaviour.paths, paths, file)
+        process.waiting = True
 
     def results(self) -> dict[str, np.ndarray]:
         """The last score, the best evaluation (OMS) and the mean of the last ten (RAT) of every seed."""
@@ -233,31 +360,42 @@ def _start_wandb(name: str, args):
     return wandb.init(project="edp", name=name, config=dataclasses.asdict(args), sync_tensorboard=True)
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoint
+def _read_rows(file: Path, last: int) -> list[list[str]]:
+    """The heading, and the complete rows of updates up to `last`; none of a file that is not there."""
+    try:
+        heading, *rows = (line.split(",") for line in file.read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    return [heading, *(row for row in rows if len(row) == len(heading) and int(row[0]) <= last)]
 
 
-def save_checkpoint(path: Path, state, header: dict) -> None:
-    """Writes a line of JSON, then the leaves of `state`; a file at `path` is replaced only by a complete one."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        file.write(json.dumps({**header, "structure": str(jax.tree.structure(state))}).encode() + b"\n")
-        eqx.tree_serialise_leaves(file, state)
-    os.replace(temporary, path)
+def _draw(picture, *args) -> None:
+    """Calls `picture`; a run does not end because it could not be drawn."""
+    try:
+        picture(*args)
+    except Exception as error:
+        print(f"({args[-1]} could not be drawn: {error}.)")
 
 
-def load_run(folder: Path | str, algorithm: ModuleType) -> tuple[Any, Any, dict]:
-    """(args, state, header) of a run of `algorithm`, a module of algorithms/, at its last evaluation.
-
-    If args.normalize_obs, `algorithm.act` takes (obs - mean) / std with (mean, std) = header["normalization"]. Raises
-    OSError without a checkpoint; KeyError, TypeError, ValueError or RuntimeError if it is damaged or was saved by
-    another algorithm or another version of it.
-    """
-    with open(Path(folder) / "checkpoint.eqx", "rb") as file:
-        header = json.loads(file.readline())
-        args = algorithm.Args(**header["args"])
-        dims = header["dataset"]["observation_dim"], header["dataset"]["action_dim"]
-        keys = jax.random.split(jax.random.key(0), args.num_seeds)
-        like = eqx.filter_eval_shape(jax.vmap(lambda key: algorithm.init_state(key, *dims, args)), keys)
-        if header["structure"] != str(jax.tree.structure(like)):  # leaves are stored by position
-            raise ValueError(f"it holds another kind of state: {header['structure']}")
-        return args, eqx.tree_deserialise_leaves(file, like), header
+def resumed(args):
+    """`args`, or those of the run that --resume names; `FREE` flags may be given anew. Exits if others are."""
+    if args.resume is None:
+        return args
+    try:
+        header, _ = newest_header(Path(args.resume).expanduser())
+        saved = saved_args(header, type(args))
+    except CheckpointError as error:
+        raise SystemExit(f"Cannot resume {args.resume}: {error}.") from None
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+    given = {f.name: given[f.name] for f in dataclasses.fields(args) if given[f.name] not in (f.default, None)}
+    for name in given.keys() - {"resume", *FREE}:
+        if given[name] != getattr(saved, name):
+            raise SystemExit(
+                f"--resume goes on with the settings of its run, in which {name} is {getattr(saved, name)}; only "
+                f"{' and '.join('--' + free.replace('_', '-') for free in FREE)} can be given with it."
+            )
+    if given.get("num_updates", saved.num_updates) < saved.num_updates:
+        raise SystemExit(f"The run in {args.resume} has {saved.num_updates} updates; --num-updates can only be larger.")
+    if saved.lr_decay and given.get("num_updates", saved.num_updates) > saved.num_updates:
+        print("Note: with --lr-decay the learning rate now falls to 0 at the new end; it rises until then.")
+    return dataclasses.replace(saved, **{name: given[name] for name in ("resume", *FREE) if name in given})
