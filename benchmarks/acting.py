@@ -15,7 +15,6 @@ import csv
 import dataclasses
 import importlib
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,9 +24,11 @@ import numpy as np
 import tyro
 
 from common.harness import Dataset, Evaluator, load_dataset, load_run, setup
+from common.harness.checkpoint import CheckpointError, newest_header
 from common.harness.run import mean_and_deviation, seed_keys
 from common.harness.tasks import normalized_score
 
+ALGORITHMS = [path.stem for path in (Path(__file__).parents[1] / "algorithms").glob("[!_]*.py")]
 SETTINGS = ("num_eval_actions", "policy_temperature", "init_noise_scale", "sampler", "num_solver_calls", "solver_order")
 
 
@@ -76,13 +77,14 @@ class Trained(NamedTuple):
 def open_run(folder: Path) -> Trained:
     """Exits with one sentence if there is no run, or a damaged one."""
     try:
-        with open(folder / "checkpoint.eqx", "rb") as file:
-            module = importlib.import_module(f"algorithms.{json.loads(file.readline())['algorithm']}")
+        algorithm = newest_header(folder)[0].get("algorithm")
+        if algorithm not in ALGORITHMS:
+            raise CheckpointError(f"{folder}/ holds a run of {algorithm}, which is not in algorithms/")
+        module = importlib.import_module(f"algorithms.{algorithm}")
         return Trained(module, *load_run(folder, module))
-    except OSError:
-        raise SystemExit(f"There is no checkpoint.eqx in {folder}/; name the folder of a run.") from None
-    except (ImportError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise SystemExit(f"The checkpoint in {folder}/ is damaged, or not of this version: {error}.") from None
+    except CheckpointError as error:
+        sentence = str(error)
+        raise SystemExit(f"{sentence[0].upper()}{sentence[1:]}.") from None
 
 
 def with_critics(run: Trained, folder: Path, other: Path) -> Trained:

@@ -14,7 +14,7 @@ from helpers import record_hopper, rows_of
 from algorithms import bc, edp_td3bc
 from common.harness import Dataset
 from common.harness.records import Episodes
-from common.harness.run import save_checkpoint
+from common.harness.checkpoint import checkpoints, save_checkpoint
 
 README = Path(acting.__file__).parents[1] / "README.md"
 TINY = {"dataset_id": "test/hopper/random-v0", "num_updates": 2, "eval_episodes": 2, "num_seeds": 2, "seed": 3}
@@ -79,7 +79,7 @@ def test_another_runs_critics_choose(runs):
     run = acting.open_run(runs / "edp")
     opposite = jax.tree.map(lambda leaf: -100 * leaf, run.state.critics)
     shutil.copytree(runs / "edp", runs / "other")
-    save_checkpoint(runs / "other" / "checkpoint.eqx", run.state._replace(critics=opposite), run.header)
+    save_checkpoint(runs / "other", run.state._replace(critics=opposite), run.header)
     acting.main(acting.Args((runs / "edp",), critics=runs / "other"))
     acting.main(acting.Args((runs / "other",)))
     returns = returns_of(runs / "edp" / "acting.csv")
@@ -108,7 +108,7 @@ def test_the_snippet_of_the_readme_runs(runs):
 @pytest.mark.parametrize(
     ("name", "changes", "sentence"),
     [
-        ("nothing", {}, "There is no checkpoint.eqx in .*nothing/; name the folder of a run."),
+        ("nothing", {}, "There is no run in .*nothing/"),
         ("bc", {"num_eval_actions": (3,)}, "bc has no --num-eval-actions."),
         ("edp", {"num_solver_calls": (1,)}, "Impossible diffusion: .* order 3"),
         ("edp", {"init_noise_scale": (1.0, -1.0)}, "--init-noise-scale must be 0 or more"),
@@ -128,9 +128,9 @@ DAMAGE = [(b"{", b""), (rb"(\n.{1000}).*", rb"\1"), (b'"batch_size"', b'"size"')
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_gets_one_sentence(runs, damage, exit_sentence):
-    file = runs / "edp" / "checkpoint.eqx"
-    file.write_bytes(re.sub(*damage, file.read_bytes(), count=1, flags=re.DOTALL))
-    assert "is damaged, or not of this version" in exit_sentence(acting.main, acting.Args((runs / "edp",)))
+    for file in checkpoints(runs / "edp"):
+        file.write_bytes(re.sub(*damage, file.read_bytes(), count=1, flags=re.DOTALL))
+    assert "is damaged" in exit_sentence(acting.main, acting.Args((runs / "edp",)))
 
 
 def test_an_interrupted_evaluation_keeps_what_is_finished_and_says_so(runs, monkeypatch, exit_sentence):

@@ -53,7 +53,7 @@ def finished(request, tmp_path_factory, made_pointmaze):
     assert [path.name for path in work.iterdir() if not path.name.startswith(".")] == ["runs"]
     (folder,) = (work / "runs").iterdir()
     assert re.fullmatch(rf"pointmaze-umaze__{request.param}__0__\d{{8}}-\d{{6}}", folder.name)
-    files = {"args.json", "metrics.csv", "eval.csv", "tensorboard", "checkpoint.eqx", "learning_curve.png", "paths.png"}
+    files = {"args.json", "metrics.csv", "eval.csv", "tensorboard", "checkpoint-10.eqx", "checkpoint-20.eqx", "learning_curve.png", "paths.png"}
     assert {path.name for path in folder.iterdir()} == files
     return request.param, folder, process
 
@@ -154,7 +154,7 @@ def test_oms_and_rat_are_the_best_and_the_last_ten_evaluations_of_each_seed(hopp
     assert not (tmp_path / "run" / "paths.png").exists(), "no maze, no paths"
 
 
-def test_an_interrupted_run_keeps_what_it_has_and_says_where(hopper_args, tmp_path, monkeypatch, exit_sentence):
+def test_an_interrupted_run_keeps_what_it_has_and_says_how_to_go_on(hopper_args, tmp_path, monkeypatch, capsys):
     def interrupted(self, policy, update):
         if update == 3:
             raise KeyboardInterrupt
@@ -163,10 +163,12 @@ def test_an_interrupted_run_keeps_what_it_has_and_says_where(hopper_args, tmp_pa
     evaluate = Evaluator.__call__
     monkeypatch.setattr(Evaluator, "__call__", interrupted)
     folder = tmp_path / "run"
-    assert str(folder) in exit_sentence(td3bc.train, hopper_args)
+    with pytest.raises(KeyboardInterrupt):
+        td3bc.train(hopper_args)
+    assert f"Stopped after update 3. To go on: python algorithms/td3bc.py --resume {folder}" in capsys.readouterr().err
     assert returns_of(folder).shape == (2, 2, 2)
     assert (folder / "learning_curve.png").stat().st_size > 0
-    assert load_run(folder, td3bc)[2]["update"] == 2
+    assert load_run(folder, td3bc)[2]["update"] == 3
 
 
 def test_a_diverging_run_exits_naming_the_update_and_keeps_what_it_has(hopper_args, tmp_path, exit_sentence):

@@ -48,7 +48,7 @@ def test_the_mathematics_is_small():
 def test_the_harness_knows_no_algorithm_and_has_four_floors():
     modules = {module for module in FILES if module.startswith(HARNESS)}
     assert not any(name.startswith("algorithms") for module in modules for name in imports_of(FILES[module]))
-    highest = {"tasks": 1, "flags": 1, "plots": 1, "records": 1, "environments": 2, "run": 2, "pointmaze": 3, "d4rl": 3}
+    highest = {"tasks": 1, "flags": 1, "plots": 1, "records": 1, "environments": 2, "process": 1, "checkpoint": 2, "run": 3, "pointmaze": 3, "d4rl": 3}
     highest = {f"{HARNESS}.{name}": floor for name, floor in (highest | {"datasets": 4}).items()}
     assert set(highest) == modules - {HARNESS}
     assert {module: floor_of(module) for module in highest if floor_of(module) > highest[module]} == {}
@@ -56,7 +56,7 @@ def test_the_harness_knows_no_algorithm_and_has_four_floors():
 
 def test_an_algorithm_file_imports_the_mathematics_and_the_front_of_the_harness_alone():
     for module in (module for module in FILES if module.startswith("algorithms.")):
-        assert IMPORTS[module] <= MATHEMATICS | {HARNESS, f"{HARNESS}.flags"}, module
+        assert IMPORTS[module] <= MATHEMATICS | {HARNESS, f"{HARNESS}.flags", f"{HARNESS}.process"}, module
 
 
 if __name__ == "__main__":

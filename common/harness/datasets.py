@@ -11,8 +11,9 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from unittest.mock import patch
 
@@ -240,6 +241,7 @@ def load_dataset(task: Task, reward_rule: RewardRule) -> tuple[Dataset, Behaviou
         **{f"return_{name}": float(getattr(returns, name)()) for name in ("mean", "min", "max")},
         "behaviour_score": float(scores.mean()),
         "terminations": int(dataset.terminal.sum()),
+        "crc32": reduce(lambda crc, array: zlib.crc32(np.ascontiguousarray(array), crc), dataset, 0),
         "reward_rule": reward_rule,
     }
     print("Dataset: " + ", ".join(f"{k} {v:.6g}" if type(v) is float else f"{k} {v}" for k, v in statistics.items()))

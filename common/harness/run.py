@@ -215,8 +215,9 @@ class Run:
             _draw(plots.learning_curve, list(self.scores), scores, self.seeds, score, title, self.unit, curve)
         if self.tracker is not None:
             self.tracker.finish()
+        os.close(self.lock)
         command = f"python {os.path.relpath(self.script)} --resume {shlex.quote(str(self.folder))}"
-        if isinstance(error, SystemExit) and isinstance(error.code, int):
+        if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and isinstance(error.code, int)):
             print(f"Stopped after update {self.header['update']}. To go on: {command}", file=sys.stderr)
         if isinstance(error, OSError):
             raise SystemExit(

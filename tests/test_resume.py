@@ -1,0 +1,340 @@
+"""Runs that are stopped, at any moment and by anything, and go on: nothing lost, nothing done twice."""
+
+import importlib
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import minari
+import numpy as np
+import pytest
+from helpers import ALGORITHMS, SCRIPTS, flags_of, record_hopper, rows_of, run_script, tiny
+
+from algorithms import bc, td3bc
+from common.harness import Evaluator, load_run
+from common.harness.checkpoint import CheckpointError, checkpoints, newest_header, save_checkpoint
+
+SHORT = {"num_updates": 12, "eval_every": 3, "dataset_id": "test/hopper/random-v0", "preset": "fast"}
+SETTINGS = [a if a == "td3bc" else pytest.param(a, marks=pytest.mark.slow) for a in ALGORITHMS]
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Returns, metrics (but for the rate) and the newest training state are equal to the bit."""
+    assert (one / "eval.csv").read_bytes() == (other / "eval.csv").read_bytes()
+    metrics = [[row | {"updates_per_second": ""} for row in rows_of(folder / "metrics.csv")] for folder in (one, other)]
+    assert metrics[0] == metrics[1]
+    (header, stream), (other_header, other_stream) = map(newest_header, (one, other))
+    assert header["update"] == other_header["update"]
+    assert stream.read() == other_stream.read()
+
+
+@pytest.fixture
+def train(datasets, tmp_path, monkeypatch, quick_compilation):
+    """`train(algorithm, folder, stop, **changes)` trains in this process; is interrupted in evaluation number `stop`."""
+    monkeypatch.chdir(tmp_path)
+    record_hopper()
+    evaluate = Evaluator.__call__
+
+    def call(module, folder="", stop=0, **changes):
+        def evaluations(self, policy, update):
+            if update == stop:
+                raise KeyboardInterrupt
+            return evaluate(self, policy, update)
+
+        monkeypatch.setattr(Evaluator, "__call__", evaluations)
+        given = changes if "resume" in changes else tiny(module.__name__.split(".")[1]) | SHORT | changes
+        return module.train(module.Args(**given | ({"run_dir": str(folder)} if folder else {})))
+
+    return call
+
+
+@pytest.mark.parametrize("algorithm", SETTINGS)
+def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(algorithm, train, tmp_path, capsys):
+    """Stopped in its second evaluation, and again in its third; then made longer (without decay: its end is known)."""
+    module = importlib.import_module(f"algorithms.{algorithm}")
+    results = train(module, tmp_path / "whole", preset="paper")
+    with pytest.raises(KeyboardInterrupt):
+        train(module, tmp_path / "parts", stop=6, preset="paper", num_updates=9)
+    assert f"--resume {tmp_path / 'parts'}" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        train(module, stop=9, resume=str(tmp_path / "parts"))
+    resumed = train(module, resume=str(tmp_path / "parts"), num_updates=12)
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    for name, values in results.items():
+        np.testing.assert_array_equal(values, resumed[name])
+    assert [path.name for path in checkpoints(tmp_path / "parts")] == ["checkpoint-12.eqx", "checkpoint-9.eqx"]
+    for seed in (0, 1):
+        assert len(list((tmp_path / "parts" / "tensorboard" / f"seed_{seed}").iterdir())) == 3
+    assert train(module, resume=str(tmp_path / "parts"))["last"].tolist() == results["last"].tolist(), "already finished"
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train, tmp_path, capsys, exit_sentence):
+    train(td3bc, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    newest, before = checkpoints(tmp_path / "damaged")
+    newest.write_bytes(newest.read_bytes()[:-1])
+    train(td3bc, resume=str(tmp_path / "damaged"))
+    assert re.search(r"checkpoint-12.eqx is damaged: .*checksum. Using checkpoint-9.eqx", capsys.readouterr().out)
+    same_run(tmp_path / "whole", tmp_path / "damaged")
+    for path in checkpoints(tmp_path / "damaged"):
+        path.write_bytes(b"")
+    assert "Cannot resume" in exit_sentence(train, td3bc, resume=str(tmp_path / "damaged"))
+
+
+def test_a_run_that_cannot_be_this_one_is_refused(train, tmp_path, exit_sentence):
+    train(td3bc, tmp_path / "run")
+    resume = str(tmp_path / "run")
+    assert "it is a run of td3bc, not of bc" in exit_sentence(train, bc, resume=resume)
+    assert "batch_size is 16" in exit_sentence(train, td3bc, resume=resume, batch_size=32)
+    assert "only be larger" in exit_sentence(train, td3bc, resume=resume, num_updates=3)
+    assert "there is no run" in exit_sentence(train, td3bc, resume=str(tmp_path / "nothing"))
+    assert "not empty: go on with its run by --resume" in exit_sentence(train, td3bc, resume)
+    minari.delete_dataset("test/hopper/random-v0")
+    record_hopper(seed=1)
+    assert "data have changed" in exit_sentence(train, td3bc, resume=resume)
+
+
+def test_what_was_written_after_the_checkpoint_is_written_once(train, tmp_path):
+    """Rows of later updates, a row cut off in the middle, an evaluation cut off in the middle."""
+    train(td3bc, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    checkpoints(tmp_path / "cut")[0].unlink()
+    for name in ("eval", "metrics"):
+        file = tmp_path / "cut" / f"{name}.csv"
+        file.write_bytes(file.read_bytes()[:-4])
+    train(td3bc, resume=str(tmp_path / "cut"))
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    header = {"update": 1, "dataset": {}}
+    with pytest.raises(CheckpointError, match="not finite"):
+        save_checkpoint(tmp_path, {"weights": np.array([1.0, np.nan])}, header)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------ damaged checkpoints
+
+
+@pytest.fixture
+def checkpoint(train, tmp_path):
+    train(td3bc, tmp_path / "run", num_updates=3)
+    (path,) = checkpoints(tmp_path / "run")
+    return path
+
+
+DAMAGES = {
+    "flip": lambda data, at, rng: data[:at] + bytes([data[at] ^ rng.randrange(1, 256)]) + data[at + 1 :],
+    "cut": lambda data, at, rng: data[:at],
+    "zeros": lambda data, at, rng: data[:at] + bytes(len(data) - at),
+    "insert": lambda data, at, rng: data[:at] + rng.randbytes(3) + data[at:],
+}
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
+def test_no_damage_to_the_bytes_goes_unseen(checkpoint, count):
+    rng, data = random.Random(0), checkpoint.read_bytes()
+    for i in range(count):
+        damage = DAMAGES[list(DAMAGES)[i % 4]]
+        at = rng.randrange(2000 if i % 8 < 4 else len(data))  # the headers are the first 2,000 bytes
+        damaged = damage(data, at, rng)
+        checkpoint.write_bytes(damaged)
+        if damaged == data:
+            continue
+        with pytest.raises(CheckpointError):
+            load_run(checkpoint.parent, td3bc)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"update": "3"},
+        {"update": -1},
+        {"dataset": []},
+        {"dataset": {}},
+        {"dataset": {"observation_dim": 10**30, "action_dim": 3}},
+        {"dataset": {"observation_dim": "eleven", "action_dim": 3}},
+        {"algorithm": "../td3bc"},
+        {"algorithm": None},
+        {"args": None},
+        {"args": {"batch_size": 3}},
+        *({"args": {name: value}} for name, value in {"tau": "fast", "seed": -1, "num_seeds": 2.5, "gamma": 7}.items()),
+        {"args": {"num_seeds": 10**9}},
+        {"args": {"preset": "slow"}},
+        {"args": {"learning_rate": None, "seed": True}},
+    ],
+)
+def test_an_impossible_header_with_a_good_checksum_is_refused(checkpoint, change):
+    """Written by another program, or with ill will."""
+    args, state, header = load_run(checkpoint.parent, td3bc)
+    if "args" in change and change["args"] != {"batch_size": 3} and change["args"]:
+        change = {"args": header["args"] | change["args"]}
+    checkpoint.unlink()
+    save_checkpoint(checkpoint.parent, state, header | change)
+    with pytest.raises(CheckpointError):
+        load_run(checkpoint.parent, td3bc)
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, made_pointmaze):
+    """`place.start(*flags)` begins td3bc in a process of its own; `whole` is its run that nothing stopped."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(made_pointmaze, home / "minari")
+    env = {"MINARI_DATASETS_PATH": str(home / "minari"), "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+    flags = flags_of(num_updates=4000, eval_every=1000, eval_episodes=3, batch_size=8, checkpoint_every=1e-4)
+
+    class Place:
+        folder = home
+
+        @staticmethod
+        def start(*extra):
+            command = [sys.executable, str(SCRIPTS / "td3bc.py"), *map(str, extra)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            return subprocess.Popen(command, cwd=home, env=os.environ | env, **pipes)
+
+        @classmethod
+        def begin(cls, name):
+            return cls.start(*flags, "--run-dir", name)
+
+        @classmethod
+        def go_on(cls, name):
+            """Resumes the run, or begins it if it had not come to the point of having a folder."""
+            process = cls.start("--resume", name) if (home / name / "args.json").exists() else cls.begin(name)
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, output
+
+    process = Place.begin("whole")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return Place
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_followed_by_a_save_and_the_command_that_goes_on(place, number):
+    name = f"signal-{number}"
+    process = place.begin(name)
+    wait_for(lambda: checkpoints(place.folder / name))
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, output
+    assert "Traceback" not in output
+    (command,) = re.findall(r"To go on: (.*)", output)
+    assert command.endswith(f"td3bc.py --resume {name}")
+    assert newest_header(place.folder / name)[0]["update"] == int(re.search(r"after update (\d+)", output)[1])
+    process = place.start(*shlex.split(command)[2:])
+    process.communicate(timeout=300)
+    same_run(place.folder / name, place.folder / "whole")
+
+
+def test_a_second_signal_and_one_before_the_run_leave_at_once(place):
+    process = place.begin("twice")
+    wait_for(lambda: (place.folder / "twice" / "metrics.csv").exists())  # compiling now
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    assert time.monotonic() - begun < 2
+    for delay in (0.3, 1.0):  # during the imports
+        process = place.begin("early")
+        time.sleep(delay)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode in (143, -signal.SIGTERM)  # the latter: before Python came to our first line
+        assert "Traceback" not in output
+
+
+def survives_kills(place, name: str, seed: int) -> None:
+    """Killed once at a random moment from the first import to the last picture, and resumed."""
+    rng = random.Random(seed)
+    begun = time.monotonic()
+    process = place.begin(name)
+    time.sleep(rng.uniform(0, 12))
+    process.kill()
+    process.communicate()
+    place.go_on(name)
+    same_run(place.folder / name, place.folder / "whole")
+    names = {path.name for path in (place.folder / name).iterdir()}
+    whole = {path.name for path in (place.folder / "whole").iterdir()}
+    assert names == whole, f"left behind after {time.monotonic() - begun:.1f} s"
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 30))])
+def test_kill_9_loses_nothing(place, seed):
+    survives_kills(place, f"killed-{seed}", seed)
+
+
+@pytest.mark.parametrize("repeats", [1, pytest.param(19, marks=pytest.mark.slow)])
+def test_of_two_runs_that_want_one_folder_one_gets_it(place, repeats):
+    for i in range(repeats):
+        name = f"both-{repeats}-{i}"
+        processes = [place.begin(name) for _ in range(2)]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        assert sorted(process.returncode for process in processes) == [0, 1], outputs
+        refused = outputs[[process.returncode for process in processes].index(1)].splitlines()[-1]
+        assert "not empty" in refused or "Another process is at work" in refused, outputs
+        same_run(place.folder / name, place.folder / "whole")
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch, train):
+    monkeypatch.setattr(time, "strftime", lambda *_: "now")
+    for _ in range(3):
+        train(td3bc, num_updates=3)
+    assert {path.name.rpartition("__")[2] for path in (tmp_path / "runs").iterdir()} == {"now", "now-1", "now-2"}
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence_and_what_was_saved_is_good(place):
+    small = place.folder / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("a small file system can only be made by root")
+    try:
+        process = place.begin("small/run")
+        wait_for(lambda: checkpoints(small / "run"))
+        free = shutil.disk_usage(small).free
+        (small / "ballast").write_bytes(bytes(free - 2**20))
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 1, output
+        assert "Traceback" not in output
+        assert re.search(r"No space left on device. All that was saved, up to update \d+, is good.", output)
+        process = place.start("--resume", "small/run")
+        assert "No space left on device" in process.communicate(timeout=120)[0].splitlines()[-1]
+        (small / "ballast").unlink()
+        place.go_on("small/run")
+        same_run(small / "run", place.folder / "whole")
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_the_environment_of_a_notebook_or_without_cuda_gets_a_run_or_a_sentence(tmp_path, made_pointmaze):
+    few = flags_of(num_updates=2, eval_every=2, eval_episodes=1, batch_size=8)
+    env = {"MINARI_DATASETS_PATH": str(made_pointmaze), "PYTHONIOENCODING": "ascii"}
+    process = run_script("bc", *few, cwd=tmp_path, MPLBACKEND="module://matplotlib_inline.backend_inline", **env)
+    assert process.returncode == 0, process.stderr
+    process = run_script("bc", *few, cwd=tmp_path, JAX_PLATFORMS="cuda", **env)
+    assert process.returncode == 1
+    assert process.stderr.strip().splitlines()[-1].startswith("JAX cannot use the device that JAX_PLATFORMS=cuda")
+    assert "Traceback" not in process.stderr
+    script = shlex.quote(str(SCRIPTS / "bc.py"))
+    process = subprocess.run(f"{shlex.quote(sys.executable)} {script} --help | head -1", shell=True, capture_output=True)
+    assert process.stderr == b""
