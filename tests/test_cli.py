@@ -53,7 +53,16 @@ def finished(request, tmp_path_factory, made_pointmaze):
     assert [path.name for path in work.iterdir() if not path.name.startswith(".")] == ["runs"]
     (folder,) = (work / "runs").iterdir()
     assert re.fullmatch(rf"pointmaze-umaze__{request.param}__0__\d{{8}}-\d{{6}}", folder.name)
-    files = {"args.json", "metrics.csv", "eval.csv", "tensorboard", "checkpoint-10.eqx", "checkpoint-20.eqx", "learning_curve.png", "paths.png"}
+    files = {
+        "args.json",
+        "metrics.csv",
+        "eval.csv",
+        "tensorboard",
+        "checkpoint-10.eqx",
+        "checkpoint-20.eqx",
+        "learning_curve.png",
+        "paths.png",
+    }
     assert {path.name for path in folder.iterdir()} == files
     return request.param, folder, process
 
@@ -165,7 +174,8 @@ def test_an_interrupted_run_keeps_what_it_has_and_says_how_to_go_on(hopper_args,
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         td3bc.train(hopper_args)
-    assert f"Stopped after update 3. To go on: python algorithms/td3bc.py --resume {folder}" in capsys.readouterr().err
+    command = rf"Stopped after update 3. To go on: python .*td3bc.py --resume {folder}"
+    assert re.search(command, capsys.readouterr().err)
     assert returns_of(folder).shape == (2, 2, 2)
     assert (folder / "learning_curve.png").stat().st_size > 0
     assert load_run(folder, td3bc)[2]["update"] == 3
@@ -206,7 +216,7 @@ def test_divergence_is_traced_to_its_update_and_seed(tmp_path, exit_sentence):
 def test_scores_are_normalized_returns_and_raw_returns_are_kept_in_full(tmp_path):
     returns = np.array([[1000.123456789, 2000.0], [0.1, 1 / 3]])
     with begin(tmp_path / "run") as run:
-        run.log_evaluation(10, Episodes(returns, np.full((2, 2), 7), []), {"weights": jnp.zeros(3)})
+        run.log_evaluation(10, Episodes(returns, np.full((2, 2), 7), []))
         results = run.finish()
     np.testing.assert_array_equal(returns_of(tmp_path / "run")[0], returns)
     np.testing.assert_allclose(results["last"][0], 100 * (1500.0617283945 + 20.272305) / 3254.572305)

@@ -72,7 +72,9 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(algorithm, train, 
     assert [path.name for path in checkpoints(tmp_path / "parts")] == ["checkpoint-12.eqx", "checkpoint-9.eqx"]
     for seed in (0, 1):
         assert len(list((tmp_path / "parts" / "tensorboard" / f"seed_{seed}").iterdir())) == 3
-    assert train(module, resume=str(tmp_path / "parts"))["last"].tolist() == results["last"].tolist(), "already finished"
+    assert train(module, resume=str(tmp_path / "parts"))["last"].tolist() == results["last"].tolist(), (
+        "already finished"
+    )
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -336,5 +338,7 @@ def test_the_environment_of_a_notebook_or_without_cuda_gets_a_run_or_a_sentence(
     assert process.stderr.strip().splitlines()[-1].startswith("JAX cannot use the device that JAX_PLATFORMS=cuda")
     assert "Traceback" not in process.stderr
     script = shlex.quote(str(SCRIPTS / "bc.py"))
-    process = subprocess.run(f"{shlex.quote(sys.executable)} {script} --help | head -1", shell=True, capture_output=True)
+    process = subprocess.run(
+        f"{shlex.quote(sys.executable)} {script} --help | head -1", shell=True, capture_output=True
+    )
     assert process.stderr == b""

@@ -197,7 +197,7 @@ class Run:
         self.boards = [tensorboardX.SummaryWriter(str(board), purge_step=update + 1) for board in boards]
         total = self.args.num_updates
         self.bar = tqdm(total=total, initial=update, unit="update", smoothing=0.1, dynamic_ncols=True)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.needed_space = time.monotonic(), MIN_SPACE
         process.waiting = not self.evaluation_due(update)
         return self
 
@@ -229,8 +229,7 @@ class Run:
 
     def restore(self, state):
         """(state, update) to go on from: of --resume's checkpoint, or `state` and 0."""
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        self.needed_space = 2 * size + MIN_SPACE  # the checkpoint's temporary file, and some for the others
+        self.needed_space += 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))  # one whole, one being written
         self._check_space()
         if self.header["update"]:
             try:
