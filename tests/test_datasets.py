@@ -139,7 +139,7 @@ HEIGHTS = [[0.2, 0.07, 0.2, 0.2], [0.2, 0.2, 0.2, 0.08], [0.0, 0.0]]
     ("name", "max_steps", "rewards", "height", "expected"),
     [
         ("Hopper", 3, [[1, 2, 3, 100], [5], [0, 0, 7]], None, [6, 5, 7]),  # up to the horizon
-        ("Hopper", None, [[1, 2, 3, 100], [5]], None, [106, 5]),
+        ("Hopper", 1000, [[1, 2, 3, 100], [5]], None, [106, 5]),
         ("AdroitHandPen", 100, [[1, 2, 4, 8], [1, 2, 4, 8], [16, 32]], HEIGHTS, [3, 15, 16]),  # with the drop's step
         ("AdroitHandPen", 100, [[1.0] * 150], None, [100]),
         ("AntMaze_UMaze", 3, [[0, 1, 1], [0, 0], [0, 0, 0, 1]], None, [1, 0, 0]),  # the best step
