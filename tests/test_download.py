@@ -57,7 +57,8 @@ def test_another_remote_can_be_named(by, hub, datasets, monkeypatch):
     assert not [path for _, path, _ in hub.requests if "farama-minari" in path], "nobody else was asked"
 
 
-def test_a_cut_connection_is_taken_up_where_it_broke(hub, datasets):
+def test_a_cut_connection_is_taken_up_where_it_broke(hub, datasets, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     raw, hub.cut = publish(hub, datasets), "main_data.hdf5"
     resolve_task("", ID)
     assert (read_minari(ID)[0].reward == raw["reward"].astype("float32")).all()
@@ -126,3 +127,28 @@ def test_antmaze_takes_version_2_and_only_without_it_version_1(there, hub, datas
     record_hopper(first, 2)
     assert resolve_task("antmaze-umaze").dataset_ids == (first if there == "locally" else second,)
     assert (f"{first}, which it supersedes" in capsys.readouterr().out) == (there == "locally")
+
+
+def test_an_interrupted_download_leaves_nothing(hub, datasets, monkeypatch):
+    publish(hub, datasets)
+    download = minari.download_dataset
+
+    def interrupted(dataset_id):
+        download(dataset_id)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(minari, "download_dataset", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        resolve_task("", ID)
+    assert list(datasets.iterdir()) == []
+
+
+def test_without_minari_datasets_path_the_default_folder_is_used_and_the_variable_stays_unset(
+    hub, datasets, tmp_path, monkeypatch
+):
+    publish(hub, datasets)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("MINARI_DATASETS_PATH")
+    resolve_task("", ID)
+    assert "MINARI_DATASETS_PATH" not in os.environ
+    assert (tmp_path / ".minari/datasets" / ID / "data/metadata.json").exists()

@@ -102,10 +102,11 @@ def _ensure_local_or_older(dataset_id: str) -> str:
     older = dataset_id.replace("-v2", "-v1")
     try:
         return _ensure_local(dataset_id)
-    except SystemExit:
+    except SystemExit as error:
+        reason = str(error.code).partition(". ")[0]
         if not ("antmaze" in dataset_id and (get_dataset_path(older) / "data" / "metadata.json").exists()):
             raise
-    print(f"Note: {dataset_id} cannot be had; {older}, which it supersedes, is here and is used.")
+    print(f"{reason}. Note: {older}, which it supersedes, is used.")
     return older
 
 
@@ -146,7 +147,7 @@ def _ensure_local(dataset_id: str) -> str:
         _ask(remote)
         size = storage.get_dataset_metadata(dataset_id).get("dataset_size")
         print(f"Downloading {dataset_id} from {remote}, {size or '?'} MB, into {path} ...", flush=True)
-        with _staged(path, size or 0), patch.dict(os.environ, MINARI_REMOTE=remote):  # also of its namespace
+        with _staged(path, float(size or 0)), patch.dict(os.environ, MINARI_REMOTE=remote):  # also of its namespace
             minari.download_dataset(dataset_id)
     except Exception as error:  # the client's classes differ from version to version
         raise SystemExit(
@@ -259,6 +260,8 @@ def _refusing_damage(name: str, remedy: str = "remove it and download or make it
         reason = _reason(error)
         if isinstance(error, BlockingIOError):
             advice = f"is open elsewhere ({reason}): wait, or set HDF5_USE_FILE_LOCKING=FALSE"
+        elif "does not support" in reason:  # of a later Minari
+            advice = f"cannot be read: {reason}"
         elif isinstance(error, ValueError | EOFError | OSError) and not getattr(error, "errno", None):
             advice = f"is damaged ({reason}): {remedy}"
         else:

@@ -22,7 +22,8 @@ def numbers(array, name: str) -> Float[np.ndarray, "..."]:
     """As float32. Raises ValueError for what is no array of numbers: NumPy would read those that stand in a text."""
     if np.asarray(array).dtype.kind not in "fiub":
         raise ValueError(f"its {name} are not numbers")
-    return np.asarray(array, np.float32)
+    with np.errstate(over="ignore"):  # infinity is found with the others that are not finite
+        return np.asarray(array, np.float32)
 
 
 class Behaviour(NamedTuple):
