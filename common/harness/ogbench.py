@@ -6,6 +6,7 @@ Rewards are -1 until the goal, or minus the number of things not done; a transit
 
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 
 from common.harness.environments import make_gym_env
@@ -34,6 +35,7 @@ def task_of(env_id: str, path: Path | None = None) -> Task:
         import ogbench
     except ImportError:
         raise SystemExit(f"{env_id} is OGBench's: `pip install ogbench -r requirements.txt` first.") from None
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # its spaces warn at every reset
     gym_id, dataset = _split(env_id)
     if "visual" in gym_id or "powderworld" in gym_id:
         raise SystemExit(f"{env_id} is learned from pictures; these algorithms learn from states.")
