@@ -37,7 +37,7 @@ def test_every_file_has_the_same_sections_in_the_same_order(algorithm):
     text = text_of(algorithm)
     banners = BANNERS if algorithm in DIFFUSION else [banner.removeprefix("diffusion ") for banner in BANNERS]
     assert re.findall(r"^# -{20,} (.+)$", text, flags=re.MULTILINE) == banners
-    assert text.count("\n") <= (320 if algorithm not in ("edp_crr", "edp_iql") else 335)
+    assert text.count("\n") <= (320 if algorithm not in ("edp_crr", "edp_iql") else 336)
     assert text.endswith('if __name__ == "__main__":\n    train(tyro.cli(Args))\n')
     assert not re.search(r"^(from|import) algorithms", text, flags=re.MULTILINE)
 
@@ -96,7 +96,7 @@ def test_every_flag_is_used(algorithm):
     """A flag that a file shows is one that it reads, or for a few of all runs that common/harness reads."""
     text, harness = text_of(algorithm), (SCRIPTS.parent / "common" / "harness").glob("*.py")
     harness = "".join(file.read_text() for file in harness)
-    of_every_run = {"seed", "num_seeds", "run_dir", "track", "env_id", "dataset_id", "dataset_path", "preset"}
+    of_every_run = {"seed", "num_seeds", "run_dir", "track", "env_id", "dataset_id", "dataset_path", "trust", "preset"}
     for name in importlib.import_module(f"algorithms.{algorithm}").Args.__dataclass_fields__:
         assert re.search(rf"\bargs\.{name}\b", harness if name in of_every_run else text), name
 
