@@ -41,11 +41,13 @@ class Args:
 
     # Experiment
     env_id: str = "pointmaze-umaze"
-    """the task"""
+    """the task, one of `python -m common.harness.tasks` or of OGBench (cube-single-play-singletask-v0, ...)"""
     dataset_id: str | None = None
     """any Minari dataset, remote or local; its own environment then replaces --env-id"""
     dataset_path: str | None = None
-    """an original D4RL file (HDF5) of the task, in place of Minari's data"""
+    """a file of the task, D4RL's (HDF5) or OGBench's (npz), in place of downloaded data"""
+    trust: str = ""
+    """packages, a,b,..., whose code the data may run as their environment, beside Gymnasium's and OGBench's"""
     preset: Preset | None = None
     """paper; or fast, for some thousands of updates (README, "Short of compute?"), which is pointmaze's default"""
     normalize_obs: bool = False
@@ -65,9 +67,9 @@ class Args:
 
     # Evaluation
     eval_every: Positive[int] | None = None
-    """updates between evaluations: 10,000; in pointmaze 1,000"""
+    """updates between evaluations: 10,000; in pointmaze 1,000, in OGBench 100,000"""
     eval_episodes: Positive[int] | None = None
-    """episodes of each evaluation, for each seed: 10; in mazes 100"""
+    """episodes of each evaluation, for each seed: 10; in mazes 100, in OGBench 50"""
     policy_temperature: NonNegative[float] = 1.0
     """scales the predicted noise when acting (C.4)"""
     init_noise_scale: NonNegative[float] = 1.0
@@ -75,7 +77,7 @@ class Args:
 
     # Optimisation
     num_updates: Positive[int] | None = None
-    """gradient updates: 2,000,000 in locomotion, 1,000,000 in antmaze, adroit, kitchen, 3,000 in pointmaze"""
+    """gradient updates: 2,000,000 in locomotion, 3,000 in pointmaze, else 1,000,000"""
     batch_size: Positive[int] = 256
     """transitions of an update"""
     learning_rate: Positive[float] = 3e-4

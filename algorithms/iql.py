@@ -43,11 +43,13 @@ class Args:
 
     # Experiment
     env_id: str = "pointmaze-umaze"
-    """the task"""
+    """the task, one of `python -m common.harness.tasks` or of OGBench (cube-single-play-singletask-v0, ...)"""
     dataset_id: str | None = None
     """any Minari dataset, remote or local; its own environment then replaces --env-id"""
     dataset_path: str | None = None
-    """an original D4RL file (HDF5) of the task, in place of Minari's data"""
+    """a file of the task, D4RL's (HDF5) or OGBench's (npz), in place of downloaded data"""
+    trust: str = ""
+    """packages, a,b,..., whose code the data may run as their environment, beside Gymnasium's and OGBench's"""
     reward_rule: RewardRule | None = None
     """shape of the rewards: locomotion none (IQL iql_locomotion), mazes cql_antmaze (iql_antmaze), else normalize"""
     preset: Preset | None = None
@@ -69,15 +71,15 @@ class Args:
 
     # Evaluation
     eval_every: Positive[int] | None = None
-    """updates between evaluations: 10,000; in pointmaze 1,000"""
+    """updates between evaluations: 10,000; in pointmaze 1,000, in OGBench 100,000"""
     eval_episodes: Positive[int] | None = None
-    """episodes of each evaluation, for each seed: 10; in mazes 100"""
+    """episodes of each evaluation, for each seed: 10; in mazes 100, in OGBench 50"""
     num_eval_actions: Positive[int] = 1
     """N of energy-based action selection (Alg. 2); 1 is the policy's mean"""
 
     # Optimisation
     num_updates: Positive[int] | None = None
-    """gradient updates: 2,000,000 in locomotion, 1,000,000 in antmaze, adroit, kitchen, 3,000 in pointmaze"""
+    """gradient updates: 2,000,000 in locomotion, 3,000 in pointmaze, else 1,000,000"""
     batch_size: Positive[int] = 256
     """transitions of an update"""
     learning_rate: Positive[float] = 3e-4
@@ -95,9 +97,9 @@ class Args:
 
     # Algorithm
     expectile: UnitInterval[float] | None = None
-    """tau of Eq. 22: 0.7; in mazes 0.9"""
+    """tau of Eq. 22: 0.7; in mazes and OGBench 0.9"""
     temperature: Positive[float] | None = None
-    """divides the advantage in the weight (beta of Eq. 20): 1/3; in mazes 1/10, in adroit and kitchen 2"""
+    """divides the advantage in the weight (beta of Eq. 20): 1/3; in mazes and OGBench 1/10, in adroit and kitchen 2"""
 
 
 # ------------------------------------------------------------------------------------------------------- state

@@ -1,9 +1,14 @@
 """Settings that all tests share, and fixtures that keep them away from the user's datasets, caches and network."""
 
+import json
 import os
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
+import huggingface_hub
 import jax
 import pytest
 
@@ -67,6 +72,84 @@ def pointmaze_datasets(datasets, made_pointmaze):
     """A copy of `made_pointmaze` for one test, in place of the user's datasets."""
     shutil.copytree(made_pointmaze, datasets, dirs_exist_ok=True)
     return datasets
+
+
+class Hub(ThreadingHTTPServer):
+    """A stand-in for Hugging Face on the loopback interface: what Minari's client asks it for datasets.
+
+    `folder` holds <group>/<repository>/<file>. `requests` are those made; the first answer with a file whose name ends
+    in `cut` breaks off in its middle. A file that is not there is answered with 404, as the hub does.
+    """
+
+    daemon_threads, commit = True, "c" * 40
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), _HubHandler)
+        self.folder, self.requests, self.cut = folder, [], None
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class _HubHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, body: bytes, status=200, **headers):
+        start, cut = 0, self.server.cut is not None and self.path.endswith(self.server.cut) and self.command == "GET"
+        if self.headers["Range"]:
+            start, status = int(self.headers["Range"].removeprefix("bytes=").split("-")[0]), 206
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        self.send_response(status)
+        for name, value in (
+            {"Content-Length": len(body) - start, "X-Repo-Commit": self.server.commit} | headers
+        ).items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if cut:
+            self.server.cut, body, self.close_connection = None, body[: len(body) // 2], True
+        if self.command == "GET":
+            self.wfile.write(body[start:])
+
+    def do_GET(self):
+        self.server.requests.append((self.command, self.path, self.headers["Range"]))
+        url = urlsplit(self.path)
+        parts, query, root = url.path.strip("/").split("/"), parse_qs(url.query), self.server.folder
+        send = lambda value: self.answer(json.dumps(value).encode(), Content_Type="application/json")
+        about = lambda repo: {"id": repo, "sha": self.server.commit, "private": False, "tags": [], "siblings": []}
+        if parts[:2] == ["api", "datasets"] and len(parts) == 2:
+            group, search = query["author"][0], query.get("search", [""])[0]
+            send([about(f"{group}/{path.name}") for path in (root / group).glob("*") if search in path.name])
+        elif parts[:2] == ["api", "datasets"] and "tree" in parts:
+            repo = root.joinpath(*parts[2:4])
+            files = [path for path in sorted(repo.rglob("*")) if path.is_file()]
+            entry = lambda path: {"path": path.relative_to(repo).as_posix(), "size": path.stat().st_size}
+            send([entry(path) | {"type": "file", "oid": "0" * 40} for path in files])
+        elif parts[:2] == ["api", "datasets"] and root.joinpath(*parts[2:4]).is_dir():
+            send(about("/".join(parts[2:4])))
+        elif parts == [""]:
+            self.answer(b"")
+        elif parts[0] == "datasets" and (file := root.joinpath(*parts[1:3], *parts[5:])).is_file():
+            self.answer(file.read_bytes(), ETag=f'"{file.stat().st_size}"', Accept_Ranges="bytes")
+        else:
+            self.answer(b"", 404, X_Error_Code="EntryNotFound" if parts[0] == "datasets" else "RepoNotFound")
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A running `Hub` that Minari's client downloads from, with nothing in it."""
+    monkeypatch.delenv("MINARI_REMOTE", raising=False)
+    with Hub(tmp_path / "hub") as server:
+        constants = huggingface_hub.constants
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture

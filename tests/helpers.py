@@ -122,7 +122,7 @@ def write_dataset(dataset_id: str, env: gymnasium.Env, episodes: list[tuple], da
     return minari.create_dataset_from_buffers(dataset_id, buffers, env=env, data_format=data_format)
 
 
-def change_metadata(dataset_id: str, **changes) -> None:
+def change_metadata(dataset_id: str, /, **changes) -> None:
     """Overwrites entries of a local dataset's metadata; None removes one."""
     file = get_dataset_path(dataset_id) / "data" / "metadata.json"
     metadata = json.loads(file.read_text()) | changes

@@ -13,8 +13,8 @@ from helpers import record_hopper, rows_of
 
 from algorithms import bc, edp_td3bc
 from common.harness import Dataset
-from common.harness.records import Episodes
 from common.harness.checkpoint import checkpoints, save_checkpoint
+from common.harness.records import Episodes
 
 README = Path(acting.__file__).parents[1] / "README.md"
 TINY = {"dataset_id": "test/hopper/random-v0", "num_updates": 2, "eval_episodes": 2, "num_seeds": 2, "seed": 3}

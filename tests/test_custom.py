@@ -14,8 +14,7 @@ from minari.serialization import serialize_space
 from algorithms.bc import Args, train
 from common.harness import Evaluator, load_dataset
 from common.harness.datasets import resolve_task
-from common.harness.environments import make_env, make_gym_env
-from common.harness.tasks import task_of_dataset
+from common.harness.environments import make_env, make_gym_env, task_of_dataset
 
 UNIT = Box(-1, 1, (2,))
 SCALED = Box(np.array([-2, 0], np.float32), np.array([3, 1], np.float32))
@@ -39,6 +38,7 @@ OTHER_ACTIONS = {
     "Tuple": Tuple((UNIT, UNIT)),
     "Dict": Dict(a=UNIT),
     "inf": Box(-np.inf, np.inf, (2,)),
+    "e+38": Box(-np.finfo(np.float32).max, np.finfo(np.float32).max, (2,)),
     "(2, 2)": Box(-1, 1, (2, 2)),
     "int64": Box(0, 9, (2,), np.int64),
     "[0. 1.]": Box(np.array([0, 1], np.float32), np.array([1, 1], np.float32)),  # the second has no width
@@ -47,9 +47,12 @@ LIMIT = 5
 
 
 class Custom(gymnasium.Env):
-    """Random observations of a given space; pays the sum of the action."""
+    """Random observations of a given space; pays the sum of the action, or in the form of `pay`."""
 
-    def __init__(self, observations: str = "flat", actions: str | None = None):
+    def __init__(self, observations: str = "flat", actions: str | None = None, pay=None):
+        self.pay = {"column": lambda r: np.full(1, r), "pair": lambda r: np.full(2, r), "nan": lambda r: np.nan}.get(
+            pay
+        )
         self.observation_space = (LEARNABLE | OTHER_OBSERVATIONS)[observations]
         self.action_space = OTHER_ACTIONS[actions] if actions else SCALED
 
@@ -60,7 +63,8 @@ class Custom(gymnasium.Env):
 
     def step(self, action):
         assert self.action_space.contains(action)
-        return self.observation_space.sample(), float(flatten(self.action_space, action).sum()), False, False, {}
+        reward = float(flatten(self.action_space, action).sum(dtype=float))
+        return self.observation_space.sample(), self.pay(reward) if self.pay else reward, False, False, {}
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +79,7 @@ def make(**kwargs) -> gymnasium.Env:
 
 
 def load(dataset_id="test/custom/random-v0"):
-    return load_dataset(resolve_task("", dataset_id), "none")
+    return load_dataset(resolve_task("", dataset_id, trust="nowhere," + __name__), "none")
 
 
 @pytest.mark.parametrize("data_format", ["hdf5", "arrow"])
@@ -83,7 +87,7 @@ def load(dataset_id="test/custom/random-v0"):
 def test_data_and_evaluation_have_the_same_numbers_in_the_same_order(observations, data_format, datasets):
     dataset = record(make(observations=observations), "test/custom/random-v0", (3, LIMIT), data_format)
     loaded, _ = load(dataset.id)
-    environment = resolve_task("", dataset.id).environment
+    environment = resolve_task("", dataset.id, trust=__name__).environment
     env = make_env(environment)
     for start, length, seed in ((0, 3, 0), (3, LIMIT, 1)):
         seen = [env.reset(seed=seed)[0]] + [env.step(np.zeros(2, np.float32))[0] for _ in range(length)]
@@ -99,7 +103,7 @@ def test_data_and_evaluation_have_the_same_numbers_in_the_same_order(observation
 def test_it_is_trained_and_evaluated_with_raw_returns(datasets, tmp_path, quick_compilation):
     dataset = record(make(observations="nested keys"), "test/custom/random-v0", (2, 4, 4))
     few = {"num_updates": 2, "eval_episodes": 2, "batch_size": 8}
-    results = train(Args(dataset_id=dataset.id, run_dir=str(tmp_path / "run"), **few))
+    results = train(Args(dataset_id=dataset.id, trust=__name__, run_dir=str(tmp_path / "run"), **few))
     header = json.loads((tmp_path / "run" / "args.json").read_text())
     assert (header["dataset"]["transitions"], header["dataset"]["observation_dim"]) == (10, 6)
     returns = [episode.rewards.sum() for episode in dataset.iterate_episodes()]
@@ -141,11 +145,13 @@ def test_what_cannot_be_learned_from_exits_naming_its_space(kind, name, datasets
     assert f"has the {kind} space {space}; a" in exit_sentence(load)
 
 
-def test_a_known_dict_observation_that_was_recorded_flat_exits(datasets, exit_sentence):
-    # Flattened by name, it would be as wide as the table's order and yet another one.
-    env = make_gym_env("AntMaze_UMaze-v4", max_episode_steps=3)
+def test_wrappers_of_the_recording_are_those_of_the_evaluation(datasets):
+    """Flattened by name, an ant's observation is as wide as in the table's order, and yet another one."""
+    env = make_gym_env("AntMaze_UMaze-v5", max_episode_steps=3, include_cfrc_ext_in_observation=False)
     dataset = record(gymnasium.wrappers.FlattenObservation(env), "test/antmaze/flat-v0", 1)
-    assert "achieved_goal, observation, desired_goal" in exit_sentence(load, dataset.id)
+    loaded, _ = load(dataset.id)
+    env = make_env(resolve_task("", dataset.id).environment)
+    np.testing.assert_allclose(env.reset(seed=0)[0], loaded.obs[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("entry_point", ["nowhere.to_be_found:Env", f"{__name__}:Gone", None])
@@ -168,3 +174,71 @@ def test_an_environment_with_other_actions_than_the_data_exits(datasets, exit_se
     dataset = record(gymnasium.make("Pendulum-v1", max_episode_steps=3), "test/pendulum/random-v0", 1)
     change_metadata(dataset.id, action_space=serialize_space(Box(-1, 1, (1,))))
     assert "actions (1,) in [-1, 1] and (1,) in [-2, 2]" in exit_sentence(load, dataset.id)
+
+
+# -------------------------------------------------------------------------------------------- what it may not run
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"entry_point": "os:system", "kwargs": {"command": "touch ran"}}, "--trust os"),
+        ({"entry_point": "evil.module:Env"}, "--trust evil"),
+        ({"entry_point": "gymnasium_evil:Env"}, "--trust gymnasium_evil"),
+        ({"entry_point": "gymnasium.envs.registration:make", "kwargs": {"id": "evil:X-v0"}}, "is no environment"),
+        ({"entry_point": "gymnasium.envs.mujoco.hopper_v5:HopperEnv", "additional_wrappers": "evil"}, "--trust evil"),
+    ],
+)
+@pytest.mark.parametrize("spec", ["env_spec", "eval_env_spec"])
+@pytest.mark.parametrize("spaces", [True, False])  # Minari makes the environment to learn the spaces
+def test_code_of_others_is_not_even_imported(
+    change, named, spec, spaces, datasets, tmp_path, monkeypatch, exit_sentence
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("evil.py", "gymnasium_evil.py"):
+        (tmp_path / name).write_text("open('ran', 'w')")
+    record_hopper(num_episodes=1)
+    if "additional_wrappers" in change:
+        change = change | {"additional_wrappers": [{"name": "W", "entry_point": "evil:W", "kwargs": {}}]}
+    whole = json.loads(gymnasium.make("Hopper-v5").spec.to_json()) | change
+    gone = {} if spaces else {"observation_space": None, "action_space": None}
+    change_metadata("test/hopper/random-v0", **gone, **{spec: json.dumps(whole)})
+    assert named in exit_sentence(load, "test/hopper/random-v0")
+    assert not (tmp_path / "ran").exists()
+
+
+# ------------------------------------------------------------------------------------------- played before trained
+
+
+def test_a_reward_may_be_an_array_of_one(datasets):
+    record_anything(pay="column")
+    evaluate = Evaluator(resolve_task("", load()[1].statistics["dataset"], trust=__name__).environment, [0], 1)
+    returns = evaluate(lambda obs, step: np.zeros((1, 1, 2), np.float32), 1).returns
+    np.testing.assert_allclose(returns, LIMIT * (0.5 + 0.5))
+
+
+@pytest.mark.parametrize(("pay", "named"), [("pair", "fails"), ("nan", "reward nan")])
+def test_an_environment_that_fails_is_told_before_training(pay, named, datasets, exit_sentence):
+    record_anything(pay=pay)
+    assert re.search(f"Dataset test/custom/random-v0 needs an environment that .*{named}", exit_sentence(load))
+
+
+def test_an_environment_that_breaks_down_later_ends_the_run_with_a_sentence(datasets, exit_sentence):
+    record_anything()
+    environment = resolve_task("", "test/custom/random-v0", trust=__name__).environment
+    evaluate = Evaluator(environment, [0, 1], 2)
+    rewards = iter([0.0, 1.0, np.inf])
+    evaluate.envs[1][0].unwrapped.pay = lambda reward: next(rewards)
+    sentence = exit_sentence(evaluate, lambda obs, step: np.zeros((2, 2, 2), np.float32), 7)
+    assert "update 7, seed 1, episode 0, step 2: reward inf" in sentence
+
+
+def test_behaviour_is_scored_by_the_horizon_of_the_evaluation(datasets):
+    """In every environment: what is printed of the data compares with what is printed of the policy."""
+    env = make(max_episode_steps=9)
+    dataset = record(env, "test/custom/random-v0", (9, 9))
+    spec = json.loads(env.spec.to_json()) | {"max_episode_steps": 4}
+    change_metadata(dataset.id, eval_env_spec=json.dumps(spec))
+    expected = [episode.rewards[:4].sum() for episode in dataset.iterate_episodes()]
+    np.testing.assert_allclose(load()[1].scores, expected, rtol=1e-5)

@@ -186,6 +186,14 @@ def test_a_file_that_does_not_fit_the_flags_exits(env_id, dataset_id, name, name
         (lambda path: write(path, **HOPPER | {"rewards": np.zeros(9)}), "lengths [9, 10]"),
         (lambda path: write(path, **HOPPER | {"actions": np.full((10, 3), np.nan)}), "not a finite number"),
         (lambda path: write(path, **HOPPER | {"observations": np.zeros((10, 12))}), "does not fit its environment"),
+        (lambda path: write(path, **HOPPER | {"observations": np.zeros((10, 1))}), "does not fit its environment"),
+        (lambda path: write(path, **HOPPER | {"terminals": np.full(10, 0.5)}), "neither 0 nor 1"),
+        (lambda path: write(path, **HOPPER, timeouts=np.full(10, -1)), "neither 0 nor 1"),
+        (lambda path: write(path, **HOPPER, timeouts=np.ones(10)), "no transitions"),
+        (lambda path: write(path, **HOPPER | {"rewards": np.full(10, b"1.0")}), "not numbers"),
+        (lambda path: write(path, **HOPPER | {"rewards": np.full(10, 3e38)}), "beyond"),
+        (lambda path: write(path, **HOPPER | {"actions": np.full((10, 3), 50)}), "50 times"),
+        (lambda path: write(path, **{"episode_0/observations": np.zeros((10, 11))}), "--dataset-id"),
     ],
 )
 def test_a_damaged_file_exits_naming_it(change, named, tmp_path, exit_sentence):

@@ -1,23 +1,25 @@
 """Datasets: small real Minari ones, recorded here, against a plain iteration through Minari's own interface."""
 
 import os
+import shutil
+import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import h5py
-import huggingface_hub
 import minari
 import numpy as np
 import pytest
+from gymnasium.spaces import Box
 from helpers import by_hand, change_metadata, record, record_hopper
+from minari.serialization import serialize_space
 
 from algorithms import bc
 from common.harness import Behaviour, Dataset
 from common.harness import datasets as harness
-from common.harness.datasets import behaviour_returns, load_dataset, read_minari, resolve_task, shape_reward
+from common.harness.datasets import behaviour_returns, load_dataset, read_minari, relabel, resolve_task, shape_reward
 from common.harness.environments import make_env, make_gym_env
-from common.harness.tasks import ENVIRONMENTS, TASKS, normalized_score
+from common.harness.tasks import ENVIRONMENTS, normalized_score
 
 ARRAYS = "data/main_data.hdf5"
 
@@ -121,6 +123,23 @@ def test_pointmaze_is_relabelled_by_the_distance_of_the_next_position_to_the_goa
         np.testing.assert_allclose(path, positions, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("rewards", "kept"),
+    [
+        ([[0, 0, 1, 1, 1], [0, 0], [1, 0, 1]], [0, 1, 2, 5, 6, 7]),  # stays at its goal, never gets there, passes by
+        ([[0, 1], [0, 0, 1]], [0, 1, 2, 3, 4]),  # ends there, as D4RL's and Minari's version 2 do
+        ([[1], [0]], [0, 1]),
+    ],
+)
+def test_an_episode_of_a_sparse_task_is_cut_after_its_first_reward(rewards, kept, capsys):
+    dataset, ends = dataset_of(rewards)
+    cut, new_ends = relabel(dataset, ends, ENVIRONMENTS["AntMaze_UMaze"])
+    for before, after in zip(dataset._replace(terminal=dataset.reward), cut, strict=True):
+        np.testing.assert_array_equal(after, before[kept])
+    np.testing.assert_array_equal(new_ends, np.searchsorted(kept, ends))
+    assert ("are left out" in capsys.readouterr().out) == (len(kept) < len(dataset.reward))
+
+
 def dataset_of(rewards: list[list[float]], height: list[list[float]] | None = None) -> tuple[Dataset, np.ndarray]:
     """Episodes of the given rewards and their ends; `height` becomes coordinate 26 of their next observations."""
     reward = np.concatenate(rewards).astype(np.float32)
@@ -139,7 +158,7 @@ HEIGHTS = [[0.2, 0.07, 0.2, 0.2], [0.2, 0.2, 0.2, 0.08], [0.0, 0.0]]
     ("name", "max_steps", "rewards", "height", "expected"),
     [
         ("Hopper", 3, [[1, 2, 3, 100], [5], [0, 0, 7]], None, [6, 5, 7]),  # up to the horizon
-        ("Hopper", None, [[1, 2, 3, 100], [5]], None, [106, 5]),
+        ("Hopper", 1000, [[1, 2, 3, 100], [5]], None, [106, 5]),
         ("AdroitHandPen", 100, [[1, 2, 4, 8], [1, 2, 4, 8], [16, 32]], HEIGHTS, [3, 15, 16]),  # with the drop's step
         ("AdroitHandPen", 100, [[1.0] * 150], None, [100]),
         ("AntMaze_UMaze", 3, [[0, 1, 1], [0, 0], [0, 0, 0, 1]], None, [1, 0, 0]),  # the best step
@@ -233,6 +252,15 @@ def spoil(folder, column: str, value: float | None):
             array[-1] = value
 
 
+def retype(folder, column: str, change):
+    """Replaces a column in all episodes."""
+    with h5py.File(folder / ARRAYS, "r+") as file:
+        for episode in file.values():
+            values = change(episode[column][()])
+            del episode[column]
+            episode[column] = values
+
+
 DAMAGES = {
     "a file cut in half": lambda folder: os.truncate(folder / ARRAYS, (folder / ARRAYS).stat().st_size // 2),
     "metadata cut": lambda folder: os.truncate(folder / "data/metadata.json", 20),
@@ -242,6 +270,23 @@ DAMAGES = {
     "a last observation that is no number": lambda folder: spoil(folder, "observations", np.nan),
     "an observation too few": lambda folder: spoil(folder, "observations", None),
     "a termination too few": lambda folder: spoil(folder, "terminations", None),
+    "a termination of 7": lambda folder: retype(folder, "terminations", lambda array: 7 * array.astype(int)),
+    "a termination of -1": lambda folder: retype(folder, "terminations", lambda array: array.astype(int) - 1),
+    "terminations of a half": lambda folder: retype(folder, "terminations", lambda array: array / 2),
+    "a reward that is finite in float64 alone": lambda folder: spoil(folder, "rewards", 1e300),
+    "a reward of 3e38": lambda folder: spoil(folder, "rewards", 3e38),
+    "rewards as text": lambda folder: retype(folder, "rewards", lambda array: array.astype("S")),
+    "one column of observations": lambda folder: retype(folder, "observations", lambda array: array[:, :1]),
+    "one column of actions": lambda folder: retype(folder, "actions", lambda array: array[:, :1]),
+    "27 action bounds": lambda folder: change_metadata(
+        "test/hopper/random-v0", action_space=serialize_space(Box(-1, 1, (27,)))
+    ),
+}
+UNREADABLE = {
+    "infinitely many steps": lambda folder: change_metadata("test/hopper/random-v0", total_steps=float("inf")),
+    "metadata nested 100,000 times": lambda folder: (folder / "data/metadata.json").write_text("[" * 100_000),
+    "of a version to come": lambda folder: change_metadata("test/hopper/random-v0", minari_version="9.9.9"),
+    "without a dataset id": lambda folder: change_metadata("test/hopper/random-v0", dataset_id=None),
 }
 
 
@@ -250,6 +295,14 @@ def test_a_damaged_dataset_exits_with_a_sentence_that_names_it(datasets, hopper,
     DAMAGES[damage](datasets / hopper)
     sentence = exit_sentence(load, hopper)
     assert f"Dataset {hopper} in {datasets / hopper} is damaged" in sentence
+
+
+@pytest.mark.parametrize("fault", UNREADABLE)
+def test_what_may_be_healthy_is_not_to_be_removed(datasets, hopper, fault, exit_sentence):
+    UNREADABLE[fault](datasets / hopper)
+    sentence = exit_sentence(load, hopper)
+    assert f"Dataset {hopper} in {datasets / hopper} cannot be read" in sentence
+    assert "remove" not in sentence
 
 
 def test_an_arrow_dataset_with_a_damaged_part_exits(datasets, exit_sentence):
@@ -264,7 +317,6 @@ def test_an_arrow_dataset_with_a_damaged_part_exits(datasets, exit_sentence):
     [
         ("pen-human", None, ["`minari download D4RL/pen/human-v2`", "pointmaze-umaze", "`minari list local`"]),
         ("pen-human", "some/one/else-v3", ["`minari download some/one/else-v3`"]),
-        ("hopper-medium-replay", None, ["--dataset-path (Minari's remote may have no medium-replay data)"]),
     ],
 )
 def test_a_missing_dataset_without_network_exits_soon_with_the_command(
@@ -279,58 +331,116 @@ def test_a_missing_dataset_without_network_exits_soon_with_the_command(
     assert "remove" not in sentence
 
 
-def test_an_incomplete_dataset_is_to_be_removed_but_never_a_folder_of_others(datasets, hopper, exit_sentence):
-    for dataset_id in ("test/hopper", "test", ""):
-        assert "remove" not in exit_sentence(resolve_task, "", dataset_id)
+def test_minaris_medium_replay_needs_a_file(datasets, exit_sentence):
+    assert "--dataset-path" in exit_sentence(resolve_task, "hopper-medium-replay")
+
+
+@pytest.mark.parametrize("dataset_id", ["test/hopper", "test", "", "../x-v0", "/etc/x-v0", "a/../../x-v0", "hf://x-v0"])
+def test_what_is_no_id_is_refused_and_leads_nowhere(dataset_id, datasets, hopper, exit_sentence):
+    assert "no id of a Minari dataset" in exit_sentence(resolve_task, "", dataset_id)
+
+
+def test_a_dataset_without_metadata_may_be_an_old_one_and_is_not_called_damaged(datasets, hopper, exit_sentence):
     (datasets / hopper / "data" / "metadata.json").unlink()
-    assert f"{datasets / hopper} is incomplete (no data/metadata.json): remove it" in exit_sentence(load, hopper)
+    sentence = exit_sentence(load, hopper)
+    assert f"{datasets / hopper} has no data/metadata.json" in sentence
+    assert "Minari 0.4" in sentence
+    assert "remove" not in sentence
 
 
-@pytest.fixture
-def answering_hub(monkeypatch):
-    """A hub that answers; what it sends is up to `minari.download_dataset`."""
-
-    def head(url, timeout):
-        assert url == huggingface_hub.constants.ENDPOINT
-        assert 1 < timeout < 15, "seconds; without, a network that never answers would be waited for"
-
-    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
-    monkeypatch.setattr(minari, "download_dataset", record_hopper)
-
-
-@pytest.mark.parametrize("error", [ConnectionError("the line went dead\nand more"), KeyboardInterrupt()])
-def test_a_failed_download_leaves_nothing(error, datasets, answering_hub, monkeypatch, exit_sentence):
-    def partly(dataset_id):
-        record_hopper(dataset_id, 1)
-        raise error
-
-    monkeypatch.setattr(minari, "download_dataset", partly)
-    if isinstance(error, KeyboardInterrupt):
-        with pytest.raises(KeyboardInterrupt):
-            resolve_task("", "some/hopper/random-v0")
-    else:
-        sentence = exit_sentence(resolve_task, "", "some/hopper/random-v0")
-        assert "could not be downloaded (the line went dead). Download it" in sentence
-    assert list(datasets.iterdir()) == []
+def test_a_locked_file_is_not_called_damaged(datasets, hopper, exit_sentence):
+    code = "import h5py, sys, time\nf = h5py.File(sys.argv[1], 'r+')\nprint('open', flush=True)\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, datasets / hopper / ARRAYS], stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        sentence = exit_sentence(load, hopper)
+        writer.kill()
+    assert "is open elsewhere" in sentence
+    assert "remove" not in sentence
+    assert load(hopper)[1].statistics["episodes"] == 12
 
 
-def test_a_download_arrives_where_minari_finds_it(datasets, answering_hub):
-    task = resolve_task("", "some/hopper/random-v0")
-    assert task.environment == TASKS["hopper-medium"].environment
-    assert list(minari.list_local_datasets()) == ["some/hopper/random-v0"]
-    assert [path.name for path in datasets.iterdir()] == ["some"], "the temporary folder is gone"
-    assert os.environ["MINARI_DATASETS_PATH"] == str(datasets)
-    assert load("some/hopper/random-v0")[1].statistics["episodes"] == 12
+def test_rewards_and_terminations_may_be_columns(datasets, hopper):
+    expected = by_hand(hopper)
+    with h5py.File(datasets / hopper / ARRAYS, "r+") as file:
+        for episode in file.values():
+            for name in ("rewards", "terminations"):
+                values = episode[name][()][:, None]
+                del episode[name]
+                episode[name] = values
+    assert_same(read_minari(hopper), expected)
 
 
-def test_without_minari_datasets_path_the_default_folder_is_used_and_the_variable_stays_unset(
-    datasets, answering_hub, tmp_path, monkeypatch
+@pytest.mark.parametrize(("factor", "refused"), [(1.0, False), (3.0, False), (50.0, True)])
+def test_actions_beyond_their_bounds_are_told_and_clipped_and_far_beyond_refused(
+    factor, refused, datasets, hopper, capsys, exit_sentence
 ):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("MINARI_DATASETS_PATH")
-    resolve_task("", "some/hopper/random-v0")
-    assert "MINARI_DATASETS_PATH" not in os.environ
-    assert (tmp_path / ".minari/datasets/some/hopper/random-v0/data/metadata.json").exists()
+    spoil(datasets / hopper, "actions", factor)
+    if refused:
+        assert "actions up to 50 times as large as its action space allows" in exit_sentence(load, hopper)
+        return
+    loaded, _ = load(hopper)
+    end = np.cumsum([len(episode) for episode in minari.load_dataset(hopper).iterate_episodes()])[1]
+    np.testing.assert_array_equal(loaded.action[end - 1], np.float32(0.999))
+    assert ("of the actions leave their bounds, by up to 3 times, and are clipped" in capsys.readouterr().out) == (
+        factor > 1
+    )
+
+
+# ------------------------------------------------------------------------------------ what may lie in the folders
+
+
+def damaged_caches(dataset: Dataset, ends: np.ndarray) -> dict[str, dict]:
+    arrays = dataset._asdict() | {"ends": ends}
+    nan = arrays["reward"].copy()
+    nan[3] = np.nan
+    return {
+        "short": arrays | {"reward": arrays["reward"][:-1]},
+        "NaN": arrays | {"reward": nan},
+        "mis-indexed": arrays | {"ends": ends + 1},
+        "not in order": arrays | {"ends": ends[[1, 0, *range(2, len(ends))]]},
+        "another type": arrays | {"obs": arrays["obs"].astype(np.float64)},
+        "objects": arrays | {"terminal": arrays["terminal"].astype(object)},
+        "a column": arrays | {"reward": arrays["reward"][:, None]},
+        "no end": {name: array for name, array in arrays.items() if name != "ends"},
+    }
+
+
+@pytest.mark.parametrize(
+    "damage", ["short", "NaN", "mis-indexed", "not in order", "another type", "objects", "a column", "no end"]
+)
+def test_a_damaged_cache_is_rebuilt_in_silence(damage, hopper, capsys):
+    arrays = damaged_caches(*read_minari(hopper))[damage]
+    (file,) = harness.CACHE.rglob("*.npz")
+    np.savez(file, **arrays)
+    for _ in range(2):
+        assert_same(read_minari(hopper), by_hand(hopper))
+    assert capsys.readouterr().out == ""
+
+
+def test_leftovers_of_killed_runs_are_swept_when_they_are_old(datasets, hopper, monkeypatch):
+    read_minari(hopper)
+    (folder,) = {path.parent for path in harness.CACHE.rglob("*.npz")}
+    names = (datasets / ".making-old", datasets / ".making-new", folder / "old.tmp", folder / "new.tmp")
+    for path in names:
+        path.mkdir() if path.name.startswith(".") else path.write_text("half")
+        if "old" in path.name:
+            os.utime(path, (time.time() - 2 * 24 * 3600,) * 2)
+    monkeypatch.setattr(harness.pointmaze, "make_dataset", lambda dataset_id: record_hopper(dataset_id, 1))
+    resolve_task("pointmaze-umaze")
+    read_minari("edp/pointmaze/umaze-v0")
+    assert [path.exists() for path in names] == [False, True, False, True]
+
+
+def test_a_full_disk_is_told_before_a_dataset_is_made_and_costs_the_cache_alone(
+    hopper, monkeypatch, capsys, exit_sentence
+):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    assert "MB left" in exit_sentence(resolve_task, "pointmaze-umaze")
+    assert_same(read_minari(hopper), by_hand(hopper))
+    assert "could not be cached" in capsys.readouterr().out
+    assert not list(harness.CACHE.rglob("*.npz"))
+    assert not list(harness.CACHE.rglob("*.tmp"))
 
 
 # -------------------------------------------------------------------------------------------------- real datasets

@@ -172,6 +172,39 @@ def test_reaching_the_goal_pays_once_and_ends_the_episode():
         assert distance[:-1].min() > 0.45 >= distance[-1], "the goal is the centre of its cell"
 
 
+@pytest.mark.parametrize("name", ["PointMaze_UMaze", "AdroitHandPen"])
+def test_copies_of_a_maze_share_their_model_and_those_of_a_hand_whose_target_is_in_it_do_not(name):
+    evaluate = Evaluator(ENVIRONMENTS[name], [0, 1], 2)
+    models = {id(getattr(env.unwrapped, "point_env", env.unwrapped).model) for row in evaluate.envs for env in row}
+    assert len(models) == (1 if name == "PointMaze_UMaze" else 4)
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal(
+        (evaluate.envs[0][0].observation_space.shape[0], *evaluate.envs[0][0].action_space.shape)
+    )
+    act = lambda obs, step: np.sin((np.asarray(obs, np.float64)[..., None] * weights).sum(axis=-2) + step)
+    together = evaluate(act, 1)
+    for i, j in np.ndindex(2, 2):
+        alone = Evaluator(ENVIRONMENTS[name], [i], j + 1)(act, 1)
+        np.testing.assert_allclose(together.returns[i, j], alone.returns[0, j])
+        if i == 0 and together.paths:
+            np.testing.assert_allclose(together.paths[j], alone.paths[j])
+
+
+def test_the_door_is_paid_as_in_d4rl():
+    """gymnasium-robotics pays 0.1 |palm - handle| for being far from the handle."""
+    env, rng = make_env(ENVIRONMENTS["AdroitHandDoor"]), np.random.default_rng(0)
+    env.reset(seed=0)
+    for _ in range(20):
+        obs, reward, *_ = env.step(rng.uniform(-1, 1, 28).astype(np.float32))
+        door, far = (
+            env.unwrapped.data.qpos[env.unwrapped.door_hinge_addrs].item(),
+            np.linalg.norm(obs[29:32] - obs[32:35]),
+        )
+        expected = -0.1 * far - 0.1 * (door - 1.57) ** 2 - 1e-5 * np.sum(env.unwrapped.data.qvel**2)
+        assert door < 0.2, "nothing is paid for opening yet"
+        assert reward == pytest.approx(expected, rel=1e-6)
+
+
 def test_an_ant_at_its_goal_is_paid_and_done():
     env = make_env(ENVIRONMENTS["AntMaze_UMaze"])
     obs, _ = env.reset(seed=0)

@@ -37,7 +37,7 @@ def same_run(one: Path, other: Path) -> None:
 
 @pytest.fixture
 def train(datasets, tmp_path, monkeypatch, quick_compilation):
-    """`train(algorithm, folder, stop, **changes)` trains in this process; is interrupted in evaluation number `stop`."""
+    """`train(algorithm, folder, stop, **changes)` trains here; the evaluation of update `stop` is interrupted."""
     monkeypatch.chdir(tmp_path)
     record_hopper()
     evaluate = Evaluator.__call__
@@ -81,7 +81,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(algorithm, train, 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train, tmp_path, capsys, exit_sentence):
     train(td3bc, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
-    newest, before = checkpoints(tmp_path / "damaged")
+    newest, _ = checkpoints(tmp_path / "damaged")
     newest.write_bytes(newest.read_bytes()[:-1])
     train(td3bc, resume=str(tmp_path / "damaged"))
     assert re.search(r"checkpoint-12.eqx is damaged: .*checksum. Using checkpoint-9.eqx", capsys.readouterr().out)
@@ -176,7 +176,7 @@ def test_no_damage_to_the_bytes_goes_unseen(checkpoint, count):
 )
 def test_an_impossible_header_with_a_good_checksum_is_refused(checkpoint, change):
     """Written by another program, or with ill will."""
-    args, state, header = load_run(checkpoint.parent, td3bc)
+    _, state, header = load_run(checkpoint.parent, td3bc)
     if "args" in change and change["args"] != {"batch_size": 3} and change["args"]:
         change = {"args": header["args"] | change["args"]}
     checkpoint.unlink()

@@ -13,29 +13,32 @@ from helpers import ALGORITHMS, SCRIPTS, fields_of
 
 from algorithms import edp_td3bc
 from common.harness import NonNegative, Positive, UnitInterval, tasks
-from common.harness.environments import make_gym_env
+from common.harness.environments import make_gym_env, task_of_dataset
 from common.harness.flags import check_flags
-from common.harness.tasks import TASKS, Domain, find_task, normalized_score, task_of_dataset, with_domain_defaults
+from common.harness.tasks import TASKS, Domain, find_task, normalized_score, with_domain_defaults
 
 ROBOTS = ("halfcheetah", "hopper", "walker2d")
 LOCOMOTION = [f"{robot}-{quality}" for robot in ROBOTS for quality in ("medium", "medium-replay", "medium-expert")]
 ANTMAZE = [f"antmaze-{size}-{kind}" for size in ("medium", "large") for kind in ("play", "diverse")]
 ANTMAZE += ["antmaze-umaze", "antmaze-umaze-diverse"]
-ADROIT = ["pen-human", "pen-cloned"]
+PEN = ["pen-human", "pen-cloned"]
+ADROIT = [f"{hand}-{name}" for hand in ("pen", "door", "hammer", "relocate") for name in ("human", "cloned", "expert")]
+SIMPLE = [f"{robot}-simple" for robot in ROBOTS]
 KITCHEN = ["kitchen-complete", "kitchen-partial", "kitchen-mixed"]
 POINTMAZE = ["pointmaze-umaze", "pointmaze-medium", "pointmaze-large"]
 
 
-def test_the_table_holds_the_papers_twenty_tasks_and_three_pointmazes():
-    assert len(LOCOMOTION + ANTMAZE + ADROIT + KITCHEN) == 20
-    assert sorted(TASKS) == sorted(LOCOMOTION + ANTMAZE + ADROIT + KITCHEN + POINTMAZE)
+def test_the_table_holds_the_papers_twenty_tasks_the_other_hands_simple_sets_and_three_pointmazes():
+    assert len(LOCOMOTION + ANTMAZE + PEN + KITCHEN) == 20
+    assert set(PEN) < set(ADROIT)
+    assert sorted(TASKS) == sorted(LOCOMOTION + SIMPLE + ANTMAZE + ADROIT + KITCHEN + POINTMAZE)
     assert all(TASKS[env_id].env_id == env_id for env_id in TASKS)
 
 
 @pytest.mark.parametrize(
     ("env_ids", "expected"),  # Table 3, IQL's temperature 1 / beta, D4RL's numbers of episodes
     [
-        (LOCOMOTION, (3e-4, 1.0, 2_000_000, "none", "iql_locomotion", 0.7, 1 / 3, 10_000, 10, "paper")),
+        (LOCOMOTION + SIMPLE, (3e-4, 1.0, 2_000_000, "none", "iql_locomotion", 0.7, 1 / 3, 10_000, 10, "paper")),
         (ANTMAZE, (3e-4, 1.0, 1_000_000, "cql_antmaze", "iql_antmaze", 0.9, 1 / 10, 10_000, 100, "paper")),
         (ADROIT, (3e-5, 0.1, 1_000_000, "normalize", "normalize", 0.7, 1 / 0.5, 10_000, 10, "paper")),
         (KITCHEN, (3e-4, 0.005, 1_000_000, "normalize", "normalize", 0.7, 1 / 0.5, 10_000, 10, "paper")),
@@ -50,6 +53,7 @@ def test_hyperparameters_of_the_domains(env_ids, expected):
 def test_evaluation_environments_and_their_horizons():
     expected = {robot.lower(): (f"{robot}-v5", 1000) for robot in ("HalfCheetah", "Hopper", "Walker2d")}
     expected |= {"pen": ("AdroitHandPen-v1", 100), "kitchen": ("FrankaKitchen-v1", 280)}
+    expected |= {hand: (f"AdroitHand{hand.capitalize()}-v1", 200) for hand in ("door", "hammer", "relocate")}
     for size, of_ants, of_points in (("UMaze", 700, 300), ("Medium", 1000, 600), ("Large", 1000, 800)):
         expected[f"antmaze-{size.lower()}"] = (f"AntMaze_{size}-v5", of_ants)
         expected[f"pointmaze-{size.lower()}"] = (f"PointMaze_{size}-v3", of_points)
@@ -61,21 +65,21 @@ def test_evaluation_environments_and_their_horizons():
 @pytest.mark.parametrize(
     ("env_ids", "low", "high", "value", "score"),
     [
-        (LOCOMOTION[:3], -280.178953, 12135.0, 5000.0, 42.5300269),  # 100 * 5280.178953 / 12415.178953
+        (LOCOMOTION[:3] + SIMPLE[:1], -280.178953, 12135.0, 5000.0, 42.5300269),  # 100 * 5280.178953 / 12415.178953
         (LOCOMOTION[3:6], -20.272305, 3234.3, 1500.0, 46.7118921),  # 100 * 1520.272305 / 3254.572305
         (LOCOMOTION[6:], 1.629008, 4592.3, 0.0, -0.0354851829),  # 100 * -1.629008 / 4590.670992
         (ANTMAZE + POINTMAZE, 0.0, 1.0, 0.5, 50.0),
-        (ADROIT, 96.262799, 3076.8331017826877, 2000.0, 63.8715752),  # 100 * 1903.737201 / 2980.5703028
+        (ADROIT[:3], 96.262799, 3076.8331017826877, 2000.0, 63.8715752),  # 100 * 1903.737201 / 2980.5703028
         (KITCHEN, 0.0, 4.0, 3.0, 75.0),
-        (["door"], -56.512833, 2880.5693087298737, 1000.0, 35.97151),  # 100 * 1056.512833 / 2937.0821427298737
+        (ADROIT[3:6], -56.512833, 2880.5693087298737, 1000.0, 35.97151),  # 100 * 1056.512833 / 2937.0821427298737
+        (ADROIT[6:9], -274.856578, 12794.134825156867, 6000.0, 48.0133193),  # 100 * 6274.856578 / 13068.991403156867
+        (ADROIT[9:], -6.425911, 4233.877797728884, 2000.0, 47.3179765),  # 100 * 2006.425911 / 4240.303708728884
     ],
 )
 def test_scores_by_d4rls_references(env_ids, low, high, value, score):
-    door = task_of_dataset("D4RL/door/human-v2", EnvSpec("AdroitHandDoor-v1"))
-    for task in (TASKS.get(env_id, door) for env_id in env_ids):
-        scores = normalized_score(task.environment, np.array([low, high, value]))
+    for env_id in env_ids:
+        scores = normalized_score(TASKS[env_id].environment, np.array([low, high, value]))
         assert scores == pytest.approx([0, 100, score], rel=1e-6, abs=1e-9)
-    assert (door.environment.max_steps, door.environment.drop_below) == (200, None)
 
 
 def test_kitchen_tasks_end_one_by_one_and_differ_by_dataset():
@@ -108,7 +112,8 @@ def test_the_printed_table_has_every_task_with_its_data_and_every_domain_with_it
     table = capsys.readouterr().out
     for env_id, task in TASKS.items():
         (line,) = re.findall(rf"^ +{env_id} .*$", table, re.MULTILINE)
-        assert f" {' + '.join(task.dataset_ids)} " in line
+        data = "D4RL's file alone" if env_id.endswith("-medium-replay") else " + ".join(task.dataset_ids)
+        assert f" {data} " in line
         assert f" {task.environment.gym_id}, {task.environment.max_steps} steps" in line
     assert "name adroit, learning_rate 3e-05, eta 0.1, num_updates 1000000" in table
     command = f"{sys.executable} -m common.harness.tasks | head -n 1"
@@ -126,18 +131,28 @@ def spec_of(gym_id: str, **kwargs) -> EnvSpec:
 
 
 @pytest.mark.parametrize(
-    ("gym_id", "env_id"),
+    ("gym_id", "kwargs", "env_id"),
     [
-        ("Hopper-v4", "hopper-medium"),
-        ("AdroitHandPen-v1", "pen-human"),
-        ("AntMaze_Medium_Diverse_GR-v4", "antmaze-medium-diverse"),
-        ("PointMaze_UMaze-v3", "pointmaze-umaze"),
+        ("Hopper-v5", {"render_mode": "rgb_array", "width": 64, "max_episode_steps": 7}, "hopper-medium"),
+        ("AdroitHandPen-v1", {}, "pen-human"),
+        ("AdroitHandRelocate-v1", {"reward_type": "dense"}, "relocate-human"),
+        ("AntMaze_Medium-v5", {"include_cfrc_ext_in_observation": False, "reset_target": True}, "antmaze-medium-play"),
+        ("PointMaze_UMaze-v3", {"continuing_task": True}, "pointmaze-umaze"),
     ],
 )
-def test_a_datasets_own_environment_brings_its_protocol(gym_id, env_id):
-    task = task_of_dataset("me/some/data-v0", spec_of(gym_id))
+def test_an_environment_of_the_tables_name_and_version_brings_its_protocol(gym_id, kwargs, env_id):
+    """Whatever pictures it drew, and whatever it paid and did at a goal: the data follow the protocol there."""
+    task = task_of_dataset("me/some/data-v0", spec_of(gym_id, **kwargs))
     assert task.environment == TASKS[env_id].environment
     assert (task.env_id, task.dataset_ids) == ("me-some-data-v0", ("me/some/data-v0",))
+
+
+@pytest.mark.parametrize(
+    ("dataset_id", "env_id"), [("D4RL/antmaze/umaze-v1", "antmaze-umaze"), ("D4RL/pen/human-v2", "pen-human")]
+)
+def test_the_tables_own_datasets_bring_its_protocol(dataset_id, env_id):
+    task = task_of_dataset(dataset_id, spec_of("AntMaze_UMaze-v4"))  # in which Minari recorded some of v5's
+    assert (task.environment, task.dataset_ids) == (TASKS[env_id].environment, (dataset_id,))
 
 
 def test_a_kitchen_dataset_is_evaluated_on_its_own_tasks():
@@ -147,15 +162,33 @@ def test_a_kitchen_dataset_is_evaluated_on_its_own_tasks():
     assert task.environment == known._replace(kwargs=kwargs)
 
 
-@pytest.mark.parametrize("gym_id", ["Pendulum-v1", "AntMaze_UMazeDense-v5"])
-def test_an_unknown_environment_is_evaluated_as_registered_with_raw_returns(gym_id):
-    """A maze with dense rewards is one: positive in every step, by the sparse one's rules each would be terminal."""
-    spec = spec_of(gym_id)
+OTHERS = {  # gym id, options, horizon
+    "outside the table": ("Pendulum-v1", {}, 200),
+    "another version": ("Walker2d-v4", {}, 1000),
+    "a name that begins like one": ("AntMaze_UMazeDense-v5", {"include_cfrc_ext_in_observation": False}, 700),
+    "more is observed": ("AntMaze_UMaze-v5", {}, 700),
+    "other rewards": ("Hopper-v5", {"healthy_reward": 2.0}, 1000),
+    "sparse rewards": ("AdroitHandPen-v1", {"reward_type": "sparse"}, 200),
+    "it ends otherwise": ("Hopper-v5", {"terminate_when_unhealthy": False, "max_episode_steps": 50}, 50),
+    "another maze": ("PointMaze_UMaze-v3", {"maze_map": [[1, 1, 1, 1], [1, "r", "g", 1], [1, 1, 1, 1]]}, 300),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_any_other_environment_is_evaluated_as_recorded_with_raw_returns_and_the_run_says_so(other, capsys):
+    gym_id, kwargs, horizon = OTHERS[other]
+    spec = spec_of(gym_id, **kwargs)
     environment = task_of_dataset("me/x-v0", spec).environment
-    assert environment == tasks.Environment(tasks.OTHER, spec)
+    assert environment == tasks.Environment(tasks.OTHER, spec, horizon)
+    assert f"evaluated in {gym_id} as the data describe it, {horizon} steps, by raw returns" in capsys.readouterr().out
     domain = environment.domain
     assert (domain.learning_rate, domain.eta, domain.reward_rule, domain.iql_reward_rule) == (3e-4, 1.0, "none", "none")
     np.testing.assert_array_equal(normalized_score(environment, np.array([-3.0, 5.0])), [-3.0, 5.0])
+
+
+def test_an_evaluation_environment_of_the_metadata_goes_first(capsys):
+    spec, eval_spec = (spec_of("Pendulum-v1", max_episode_steps=steps) for steps in (7, 9))
+    assert task_of_dataset("me/x-v0", spec, eval_spec).environment == tasks.Environment(tasks.OTHER, eval_spec, 9)
 
 
 def test_a_dataset_without_environment_exits(exit_sentence):

@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from common.harness.records import Dataset
+from common.harness.records import Dataset, numbers
 from common.harness.tasks import ADROIT, ANTMAZE, KITCHEN, LOCOMOTION, Task
 
 
@@ -31,7 +31,7 @@ def d4rl_task(task: Task, path: Path) -> Task:
         environment = environment._replace(obs_columns=columns, obs_constants=_kitchen_goal(path))
     elif environment.domain != ADROIT:
         raise SystemExit(f"--dataset-path reads D4RL's files of the paper's tasks; --env-id {task.env_id} is not one.")
-    return task._replace(environment=environment, dataset_ids=(), d4rl_file=path)
+    return task._replace(environment=environment, dataset_ids=(), file=path)
 
 
 def read_d4rl(path: Path, max_steps: int) -> tuple[Dataset, np.ndarray]:
@@ -42,13 +42,15 @@ def read_d4rl(path: Path, max_steps: int) -> tuple[Dataset, np.ndarray]:
     D4RL's does. `next_observations` are ignored. Raises OSError, KeyError or ValueError if the file is damaged.
     """
     with h5py.File(path, "r") as file:
-        obs = np.asarray(file["observations"], np.float32)
-        action = np.asarray(file["actions"], np.float32)
-        reward = np.asarray(file["rewards"], np.float32).ravel()
-        terminal = np.asarray(file["terminals"]).ravel().astype(bool)
-        timeout = np.asarray(file["timeouts"]).ravel().astype(bool) if "timeouts" in file else None
-    if timeout is None:
-        timeout = _count_timeouts(terminal, max_steps)
+        if "episode_0" in file:
+            raise SystemExit(f"The file {path} is part of a Minari dataset, which --dataset-id names.")
+        column = lambda name: numbers(file[name][()], name)
+        obs, action = column("observations"), column("actions")
+        reward, terminal = column("rewards").ravel(), column("terminals").ravel()
+        timeout = column("timeouts").ravel() if "timeouts" in file else _count_timeouts(terminal > 0, max_steps)
+    if not np.isin(np.append(terminal, timeout), (0, 1)).all():
+        raise ValueError("its terminals or timeouts are neither 0 nor 1")
+    terminal, timeout = terminal > 0, timeout > 0
     lengths = {len(array) for array in (obs, action, reward, terminal, timeout)}
     if len(lengths) > 1 or obs.ndim != 2 or action.ndim != 2 or len(obs) < 2:
         raise ValueError(

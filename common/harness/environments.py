@@ -1,22 +1,39 @@
-"""Evaluation by D4RL's protocol: Gymnasium's environments, wrapped to it, and seeded episodes in copies of them."""
+"""Evaluation by D4RL's protocol: Gymnasium's environments, wrapped to it, and seeded episodes in copies of them.
+
+Data name the environment that they were made in, by a path to code. Only that of Gymnasium, Gymnasium-Robotics, OGBench
+and of packages that the user trusts is ever imported.
+"""
 
 import contextlib
+import dataclasses
 import io
 import tempfile
 import warnings
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
+from unittest.mock import patch
 
 import gymnasium
+import mujoco
 import numpy as np
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 from jaxtyping import Array
 
 from common.harness.records import Episodes
-from common.harness.tasks import Environment
+from common.harness.tasks import OTHER, TASKS, Environment, Task
+
+TRUSTED = ("gymnasium", "gymnasium_robotics", "ogbench")
+MAX_STEPS = 10_000  # a longer episode is one to record in: its evaluation would not end
+PICTURES = ("render_mode", "width", "height", "camera_id", "camera_name", "default_camera_config", "max_geom")
+ONLOOKERS = ("RecordEpisodeStatistics", "RecordVideo", "HumanRendering", "RenderCollection", "PassiveEnvChecker")
+# Options that the table's protocol sets whatever they were in recording: rewards and ends of the data follow it.
+PROTOCOL = ("continuing_task", "reset_target", "remove_task_when_completed", "terminate_on_tasks_completed")
 
 
-def make_gym_env(gym_id: str | gymnasium.envs.registration.EnvSpec, **kwargs) -> gymnasium.Env:
-    """`gymnasium.make`, with gymnasium-robotics registered, its notices hidden and its temporary files removed."""
+@contextlib.contextmanager
+def _quietly():
+    """gymnasium-robotics registered, its notices hidden and its temporary files removed."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
@@ -29,9 +46,83 @@ def make_gym_env(gym_id: str | gymnasium.envs.registration.EnvSpec, **kwargs) ->
         with tempfile.TemporaryDirectory() as folder:  # mazes write an XML file to the temporary folder and forget it
             before, tempfile.tempdir = tempfile.tempdir, folder
             try:
-                return gymnasium.make(gym_id, disable_env_checker=True, **kwargs)
+                yield
             finally:
                 tempfile.tempdir = before
+
+
+def make_gym_env(gym_id: str | EnvSpec, **kwargs) -> gymnasium.Env:
+    """`gymnasium.make`, without a word."""
+    with _quietly():
+        return gymnasium.make(gym_id, disable_env_checker=True, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------ as the data name them
+
+
+def refuse_untrusted(name: str, spec: dict, trust: str) -> None:
+    """Exits if a recorded EnvSpec names code that is not an environment of `TRUSTED` or in a package of `trust`."""
+    entry_points = [part.get("entry_point") for part in (spec, *spec.get("additional_wrappers", ()))]
+    packages = [str(entry_point).partition(":")[0].partition(".")[0] for entry_point in entry_points]
+    for entry_point, package in zip(entry_points, packages):  # before any is imported
+        if entry_point is not None and package not in (*TRUSTED, *trust.split(",")):
+            raise SystemExit(
+                f"{name} would run {entry_point!r} as its environment, which is neither Gymnasium's nor "
+                f"Gymnasium-Robotics' nor OGBench's: if you trust that package, add --trust {package}."
+            )
+    for entry_point, package in zip(entry_points, packages):
+        if entry_point is not None and package in TRUSTED:
+            with (
+                _quietly(),
+                contextlib.suppress(ImportError, AttributeError),
+            ):  # in another version: making it will tell
+                made = load_env_creator(entry_point)
+                is_env = isinstance(made, type) and issubclass(made, gymnasium.Env)
+                if not is_env and made.__module__ != "ogbench.locomaze.maze":  # whose environments are functions
+                    raise SystemExit(f"{name} would run {entry_point!r}, which is no environment.")
+
+
+def task_of_dataset(dataset_id: str, spec: EnvSpec | None, eval_spec: EnvSpec | None = None) -> Task:
+    """The task of any Minari dataset, from the environments that its metadata name, for recording and evaluation.
+
+    The table's protocol is for its own datasets, and for environments of a name and version in the table whose options
+    change nothing that is observed, done or paid. Others are evaluated as recorded, with raw returns, and this is
+    printed. Exits if the dataset names no environment.
+    """
+    name = dataset_id.replace("/", "-")
+    newest = dataset_id.replace("-v1", "-v2") if dataset_id.startswith("D4RL/antmaze/") else dataset_id
+    known = next((task.environment for task in TASKS.values() if task.dataset_ids == (newest,)), None)
+    if known is not None:
+        return Task(name, known, (dataset_id,))
+    if spec is None:
+        raise SystemExit(
+            f"Dataset {dataset_id} does not say which environment it was made in, so no policy can be evaluated."
+        )
+    known = _protocol_of(_without_pictures(spec))
+    if known is None:
+        spec = _without_pictures(eval_spec or spec)
+        steps = spec.max_episode_steps if 0 < (spec.max_episode_steps or 0) <= MAX_STEPS else 1000
+        known = Environment(OTHER, spec, steps)
+        print(f"Note: the policy is evaluated in {spec.id} as the data describe it, {steps} steps, by raw returns.")
+    return Task(name, known, (dataset_id,))
+
+
+def _without_pictures(spec: EnvSpec) -> EnvSpec:
+    kwargs = {key: value for key, value in spec.kwargs.items() if key not in PICTURES}
+    wrappers = tuple(wrapper for wrapper in spec.additional_wrappers if wrapper.name not in ONLOOKERS)
+    return dataclasses.replace(spec, kwargs=kwargs, additional_wrappers=wrappers)
+
+
+def _protocol_of(spec: EnvSpec) -> Environment | None:
+    known = next((task.environment for task in TASKS.values() if task.environment.gym_id == spec.id), None)
+    if known is None or spec.additional_wrappers:
+        return None
+    with _quietly():
+        registered = gymnasium.spec(spec.id)
+    goals = {key: value for key, value in spec.kwargs.items() if key == "tasks_to_complete"}
+    known = known._replace(kwargs={k: v for k, v in known.kwargs.items() if k != "tasks_to_complete"} | goals)
+    options = [{k: v for k, v in kwargs.items() if k not in PROTOCOL} for kwargs in (spec.kwargs, known.kwargs)]
+    return known if options[0] == registered.kwargs | options[1] else None
 
 
 def observation_parts(obs, keys: tuple[str, ...] = ()) -> list:
@@ -44,8 +135,11 @@ def observation_parts(obs, keys: tuple[str, ...] = ()) -> list:
     return [part for key in keys or sorted(obs.keys()) for part in observation_parts(obs[key])]
 
 
+# -------------------------------------------------------------------------------------------------- by the protocol
+
+
 class Protocol(gymnasium.Wrapper):
-    """What D4RL's protocol asks of an environment: a maze's start and goal, the end when the pen is dropped."""
+    """What the protocol asks of an environment: a maze's start and goal, the end when the pen drops, what is paid."""
 
     def __init__(self, env: gymnasium.Env, environment: Environment):
         super().__init__(env)
@@ -64,6 +158,9 @@ class Protocol(gymnasium.Wrapper):
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
+        reward = np.asarray(info["success"] if self.environment.success else reward, float).item()  # of shape (1,), too
+        if self.environment.gym_id == "AdroitHandDoor-v1":  # adds 0.1 |palm - handle|, which D4RL subtracts
+            reward -= 0.2 * np.linalg.norm(obs[35:38])
         if self.environment.drop_below is not None:
             coordinate, threshold = self.environment.drop_below
             terminated = terminated or bool(obs[coordinate] < threshold)
@@ -72,13 +169,9 @@ class Protocol(gymnasium.Wrapper):
 
 def make_env(environment: Environment) -> gymnasium.Env:
     """One evaluation environment that takes actions in [-1, 1] and returns flat observations."""
-    kwargs = dict(environment.kwargs)
-    if environment.max_steps is not None:
-        kwargs["max_episode_steps"] = environment.max_steps
-    elif not 0 < (environment.gym_id.max_episode_steps or 0) <= 10_000:  # to record in: an evaluation would not end
-        kwargs["max_episode_steps"] = 1000
-    env = Protocol(make_gym_env(environment.gym_id, **kwargs), environment)
-    keys, space = environment.obs_keys, env.observation_space
+    env = make_gym_env(environment.gym_id, **environment.kwargs, max_episode_steps=environment.max_steps)
+    env, keys = Protocol(env, environment), environment.obs_keys
+    space = env.observation_space
     if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
         size = sum(int(np.prod(part.shape)) for part in observation_parts(space, keys))
         flat = lambda obs: np.concatenate([np.ravel(part) for part in observation_parts(obs, keys)])
@@ -104,11 +197,25 @@ class Evaluator:
 
     @cached_property
     def envs(self) -> list[list[gymnasium.Env]]:
-        """By seed and episode; made at the first evaluation, so that training starts without them."""
-        return [[make_env(self.environment) for _ in range(self.num_episodes)] for _ in self.seeds]
+        """By seed and episode; made at the first evaluation, so that training starts without them.
+
+        Copies of a maze share MuJoCo's model, of up to 12 MB: it differs by the picture of the goal alone.
+        """
+        models, load = {}, mujoco.MjModel.from_xml_path
+
+        def load_once(path: str) -> mujoco.MjModel:
+            text = Path(path).read_bytes()
+            return models[text] if text in models else models.setdefault(text, load(path))
+
+        is_maze = self.environment.cells is not None
+        with patch.object(mujoco.MjModel, "from_xml_path", load_once) if is_maze else contextlib.nullcontext():
+            return [[make_env(self.environment) for _ in range(self.num_episodes)] for _ in self.seeds]
 
     def __call__(self, act: Callable[..., Array], update: int) -> Episodes:
-        """`act(obs, step)` maps (seeds, episodes, obs_dim) at a step of the episodes to actions in [-1, 1]."""
+        """`act(obs, step)` maps (seeds, episodes, obs_dim) at a step of the episodes to actions in [-1, 1].
+
+        Exits if the environment returns what is not finite.
+        """
         shape = len(self.seeds), self.num_episodes
         start = lambda *ids: int(np.random.SeedSequence(ids).generate_state(1)[0])
         obs = np.array(
@@ -128,6 +235,11 @@ class Evaluator:
                 if i == 0:
                     paths[j].append(obs[i, j, :2].copy())
                 obs[i, j], reward, terminated, truncated, _ = self.envs[i][j].step(action[i, j])
+                if not (np.isfinite(reward) and np.isfinite(obs[i, j]).all()):
+                    raise SystemExit(
+                        f"The environment broke down, update {update}, seed {self.seeds[i]}, episode {j}, step {step}: "
+                        f"reward {reward}, or an observation that is not finite."
+                    )
                 returns[i, j] += reward
                 lengths[i, j] += 1
                 if not (terminated or truncated):

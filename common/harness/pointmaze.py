@@ -15,6 +15,7 @@ from common.harness.environments import make_gym_env
 
 DATASETS = {f"edp/pointmaze/{name.lower()}-v0": f"PointMaze_{name}-v3" for name in ("UMaze", "Medium", "Large")}
 NUM_STEPS = 100_000
+MEGABYTES = 20.0  # of a dataset
 GIVE_UP = 0.01  # chance a step of walking to another goal instead: every corridor is walked both ways from everywhere
 EPISODE_STEPS = 500  # the endless walk is cut into episodes of this length
 

@@ -1,8 +1,8 @@
 """How a script's process ends: imported by it first, so that this holds while the rest is imported, too.
 
 SIGINT, SIGTERM and SIGHUP end it without a traceback and with 128 + their number, as a shell expects. While a run
-trains (`waiting`), the first one waits until the run has saved; a second never waits. A closed pipe (`--help | head -1`) is
-no error, nor is a character that the terminal does not have.
+trains (`waiting`), the first one waits until the run has saved; a second never waits. A closed pipe, as that of
+`--help | head -1`, is no error, nor is a character that the terminal does not have.
 """
 
 import atexit

@@ -18,6 +18,14 @@ class Dataset(NamedTuple):
     terminal: Float[Array | np.ndarray, " size"]  # 1 where the task truly ended; a time-out is no end
 
 
+def numbers(array, name: str) -> Float[np.ndarray, "..."]:
+    """As float32. Raises ValueError for what is no array of numbers: NumPy would read those that stand in a text."""
+    if np.asarray(array).dtype.kind not in "fiub":
+        raise ValueError(f"its {name} are not numbers")
+    with np.errstate(over="ignore"):  # infinity is found with the others that are not finite
+        return np.asarray(array, np.float32)
+
+
 class Behaviour(NamedTuple):
     """What is known of a dataset before a policy is learned from it."""
 

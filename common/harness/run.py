@@ -58,7 +58,7 @@ MIN_CHUNK, MAX_CHUNK = 100, 1000  # updates between two signs of life
 RAT_WINDOW = 10  # evaluations in the running average at training
 MAX_BOARDS = 32  # seeds in TensorBoard, which opens three files for each; the CSV files hold all
 MIN_SPACE = 2**24  # bytes that the folder's file system has left
-FREE = ("num_updates", "checkpoint_every")  # what --resume may change
+FREE = ("num_updates", "checkpoint_every", "trust")  # what --resume may change
 
 
 # ------------------------------------------------------------------------------------------------------- devices
@@ -398,4 +398,5 @@ def resumed(args):
         raise SystemExit(f"The run in {args.resume} has {saved.num_updates} updates; --num-updates can only be larger.")
     if saved.lr_decay and given.get("num_updates", saved.num_updates) > saved.num_updates:
         print("Note: with --lr-decay the learning rate now falls to 0 at the new end; it rises until then.")
-    return dataclasses.replace(saved, **{name: given[name] for name in ("resume", *FREE) if name in given})
+    given = {name: given[name] for name in ("resume", *FREE) if name in given}
+    return dataclasses.replace(saved, **{"trust": None} | given)  # whom to trust is not for a file to say

@@ -8,6 +8,7 @@ reference scores of D4RL), a *task* (an environment with its datasets, the unit 
 
 import dataclasses
 import difflib
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -43,6 +44,9 @@ ANTMAZE = Domain("antmaze", 3e-4, 1.0, 1_000_000, "cql_antmaze", "iql_antmaze", 
 ADROIT = Domain("adroit", 3e-5, 0.1, 1_000_000, "normalize", "normalize", temperature=2.0)
 KITCHEN = Domain("kitchen", 3e-4, 0.005, 1_000_000, "normalize", "normalize", temperature=2.0)
 POINTMAZE = ANTMAZE._replace(name="pointmaze", num_updates=3_000, eval_every=1_000, preset="fast")
+# Updates and evaluations as in OGBench's papers; IQL's values are antmaze's, whose shaped rewards are
+# the same; eta is the paper's usual one.
+OGBENCH = Domain("ogbench", 3e-4, 1.0, 1_000_000, "none", "none", 0.9, 1 / 10, eval_every=100_000, eval_episodes=50)
 OTHER = LOCOMOTION._replace(name="other", iql_reward_rule="none")
 
 
@@ -51,13 +55,14 @@ class Environment(NamedTuple):
 
     domain: Domain
     gym_id: str | EnvSpec  # the spec, for an environment outside the table
-    max_steps: int | None = None  # None: as registered, or 1000 if that has no end
+    max_steps: int  # of an episode
     reference: tuple[float, float] | None = None  # returns that score 0 and 100
     kwargs: dict[str, Any] = {}
     obs_keys: tuple[str, ...] = ()  # which parts of a dict observation the policy sees, in this order
     cells: tuple[tuple[int, int], tuple[int, int]] | None = None  # start and goal of a maze, (row, column)
     fixed_goal: bool = False  # the goal is its cell's centre, unseen by the policy; rewards of the data follow it
     sparse: bool = False  # reward 1 is success, and ends the task
+    success: bool = False  # an episode is paid for its success, as `info` tells it
     drop_below: tuple[int, float] | None = None  # the episode ends when this coordinate falls below this value
     return_is_max: bool = False  # the data repeats its reward: an episode is worth its largest, not its sum
     obs_columns: tuple[int, ...] = ()  # which columns of the flat observation the policy sees; () are all
@@ -91,6 +96,8 @@ ENVIRONMENTS = {
         ADROIT, "AdroitHandPen-v1", 100, (96.262799, 3076.8331017826877), drop_below=(26, 0.075)
     ),
     "AdroitHandDoor": Environment(ADROIT, "AdroitHandDoor-v1", 200, (-56.512833, 2880.5693087298737)),
+    "AdroitHandHammer": Environment(ADROIT, "AdroitHandHammer-v1", 200, (-274.856578, 12794.134825156867)),
+    "AdroitHandRelocate": Environment(ADROIT, "AdroitHandRelocate-v1", 200, (-6.425911, 4233.877797728884)),
     "FrankaKitchen": Environment(
         KITCHEN,
         "FrankaKitchen-v1",
@@ -110,26 +117,32 @@ GOAL_RADIUS = 0.45  # of gymnasium-robotics' mazes, around the centre of the goa
 
 
 class Task(NamedTuple):
-    """A learning problem: an environment, and the Minari datasets (concatenated) or the D4RL file to learn it from."""
+    """A learning problem: an environment, and the Minari datasets (concatenated) or the file to learn it from."""
 
     env_id: str
     environment: Environment
-    dataset_ids: tuple[str, ...]
-    d4rl_file: Path | None = None
+    dataset_ids: tuple[str, ...] = ()
+    file: Path | None = None  # D4RL's or OGBench's
+
+    @property
+    def data(self) -> str:
+        """Their names, for people."""
+        return " + ".join(self.dataset_ids) or (self.file.name if self.file else "D4RL's file alone")
 
 
 def _build_tasks() -> dict[str, Task]:
     tasks = []
     for robot in ("HalfCheetah", "Hopper", "Walker2d"):
-        for quality in ("medium", "medium-replay", "medium-expert"):
-            parts = ("medium", "expert") if quality == "medium-expert" else (quality,)
+        for quality in ("medium", "medium-replay", "medium-expert", "simple"):
+            parts = {"medium-expert": ("medium", "expert"), "medium-replay": ()}.get(quality, (quality,))
             ids = tuple(f"mujoco/{robot.lower()}/{part}-v0" for part in parts)
             tasks.append(Task(f"{robot.lower()}-{quality}", ENVIRONMENTS[robot], ids))
     for name in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"):
         size = {"umaze": "UMaze", "medium": "Medium", "large": "Large"}[name.split("-")[0]]
-        tasks.append(Task(f"antmaze-{name}", ENVIRONMENTS[f"AntMaze_{size}"], (f"D4RL/antmaze/{name}-v1",)))
-    for name in ("human", "cloned"):
-        tasks.append(Task(f"pen-{name}", ENVIRONMENTS["AdroitHandPen"], (f"D4RL/pen/{name}-v2",)))
+        tasks.append(Task(f"antmaze-{name}", ENVIRONMENTS[f"AntMaze_{size}"], (f"D4RL/antmaze/{name}-v2",)))
+    for hand, name in itertools.product(("Pen", "Door", "Hammer", "Relocate"), ("human", "cloned", "expert")):
+        ids = (f"D4RL/{hand.lower()}/{name}-v2",)
+        tasks.append(Task(f"{hand.lower()}-{name}", ENVIRONMENTS[f"AdroitHand{hand}"], ids))
     for name, third in (("complete", "light switch"), ("partial", "light switch"), ("mixed", "bottom burner")):
         goals = ["microwave", "kettle", third, "light switch" if name == "mixed" else "slide cabinet"]
         kitchen = ENVIRONMENTS["FrankaKitchen"]
@@ -152,28 +165,8 @@ def find_task(env_id: str) -> Task:
     raise SystemExit(
         f"Unknown --env-id {env_id!r}: the nearest known ones are {', '.join(nearest)}, and `python -m "
         "common.harness.tasks` lists all; any Minari dataset can be used with --dataset-id, for example --dataset-id "
-        "D4RL/pen/expert-v2."
+        "D4RL/pen/expert-v2, and OGBench's names end in -singletask-v0."
     )
-
-
-def task_of_dataset(dataset_id: str, spec: EnvSpec | None) -> Task:
-    """The task of any Minari dataset, from the environment that its metadata name.
-
-    A known environment brings its protocol, whatever the dataset's id; another one is evaluated as it is registered.
-    Exits if the dataset names no environment.
-    """
-    name = dataset_id.replace("/", "-")
-    if spec is None:
-        raise SystemExit(
-            f"Dataset {dataset_id} does not say which environment it was made in, so no policy can be evaluated."
-        )
-    variant = spec.id.rsplit("-", 1)[0]
-    known = next((e for key, e in ENVIRONMENTS.items() if variant.startswith(key)), None)
-    if known is None or "Dense" in variant or "Sparse" in variant:  # other rewards than the protocol's
-        return Task(name, Environment(OTHER, spec), (dataset_id,))
-    if "tasks_to_complete" in spec.kwargs:  # kitchen: each dataset has its own four
-        known = known._replace(kwargs=known.kwargs | {"tasks_to_complete": spec.kwargs["tasks_to_complete"]})
-    return Task(name, known, (dataset_id,))
 
 
 def with_domain_defaults(args, domain: Domain, iql: bool = False):
@@ -210,13 +203,14 @@ def normalized_score(environment: Environment, returns: np.ndarray) -> np.ndarra
 def main() -> None:
     """Prints the table, for people: domains with their defaults, under each its tasks."""
     shown = None
-    for env_id, environment, dataset_ids, _ in TASKS.values():
+    for task in TASKS.values():
+        environment = task.environment
         if environment.domain != shown:
             shown = environment.domain
             print("\n" + ", ".join(f"{name} {value}" for name, value in shown._asdict().items()))
         low, high = environment.reference
         protocol = f"{environment.gym_id}, {environment.max_steps} steps, score 0 at return {low:g}, 100 at {high:g}"
-        print(f"  {env_id:<27}{' + '.join(dataset_ids):<61}{protocol}")
+        print(f"  {task.env_id:<27}{task.data:<61}{protocol}")
     sys.stdout.flush()
 
 
