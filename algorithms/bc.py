@@ -60,9 +60,9 @@ class Args:
 
     # Evaluation
     eval_every: Positive[int] | None = None
-    """updates between evaluations: 10,000; in pointmaze 1,000"""
+    """updates between evaluations: 10,000; in pointmaze 1,000, in bandit 100"""
     eval_episodes: Positive[int] | None = None
-    """episodes of each evaluation, for each seed: 10; in mazes 100"""
+    """episodes of each evaluation, for each seed: 10; in mazes and bandit 100"""
     policy_temperature: NonNegative[float] = 1.0
     """scales the predicted noise when acting (C.4)"""
     init_noise_scale: NonNegative[float] = 1.0
@@ -70,7 +70,7 @@ class Args:
 
     # Optimisation
     num_updates: Positive[int] | None = None
-    """gradient updates: 2,000,000 in locomotion, 1,000,000 in antmaze, adroit, kitchen, 3,000 in pointmaze"""
+    """gradient updates: locomotion 2,000,000, antmaze, adroit, kitchen 1,000,000, pointmaze 3,000, bandit 500"""
     batch_size: Positive[int] = 256
     """transitions of an update"""
     learning_rate: Positive[float] = 3e-4

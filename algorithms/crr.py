@@ -49,7 +49,7 @@ class Args:
     dataset_path: str | None = None
     """an original D4RL file (HDF5) of the task, in place of Minari's data"""
     reward_rule: RewardRule | None = None
-    """shape of the rewards: locomotion none (IQL iql_locomotion), mazes cql_antmaze (iql_antmaze), else normalize"""
+    """shape of the rewards: bandit cql_antmaze, mazes too (IQL iql_antmaze), locomotion none (iql_locomotion), else normalize"""
     preset: Preset | None = None
     """paper; or fast, for some thousands of updates (README, "Short of compute?"), which is pointmaze's default"""
     normalize_obs: bool = False
@@ -65,15 +65,15 @@ class Args:
 
     # Evaluation
     eval_every: Positive[int] | None = None
-    """updates between evaluations: 10,000; in pointmaze 1,000"""
+    """updates between evaluations: 10,000; in pointmaze 1,000, in bandit 100"""
     eval_episodes: Positive[int] | None = None
-    """episodes of each evaluation, for each seed: 10; in mazes 100"""
+    """episodes of each evaluation, for each seed: 10; in mazes and bandit 100"""
     num_eval_actions: Positive[int] = 1
     """N of energy-based action selection (Alg. 2); 1 is the policy's mean"""
 
     # Optimisation
     num_updates: Positive[int] | None = None
-    """gradient updates: 2,000,000 in locomotion, 1,000,000 in antmaze, adroit, kitchen, 3,000 in pointmaze"""
+    """gradient updates: locomotion 2,000,000, antmaze, adroit, kitchen 1,000,000, pointmaze 3,000, bandit 500"""
     batch_size: Positive[int] = 256
     """transitions of an update"""
     learning_rate: Positive[float] = 3e-4

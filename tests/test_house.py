@@ -48,7 +48,17 @@ def test_the_mathematics_is_small():
 def test_the_harness_knows_no_algorithm_and_has_four_floors():
     modules = {module for module in FILES if module.startswith(HARNESS)}
     assert not any(name.startswith("algorithms") for module in modules for name in imports_of(FILES[module]))
-    highest = {"tasks": 1, "flags": 1, "plots": 1, "records": 1, "environments": 2, "run": 2, "pointmaze": 3, "d4rl": 3}
+    highest = {
+        "tasks": 1,
+        "flags": 1,
+        "plots": 1,
+        "records": 1,
+        "environments": 2,
+        "run": 2,
+        "bandit": 2,
+        "pointmaze": 3,
+        "d4rl": 3,
+    }
     highest = {f"{HARNESS}.{name}": floor for name, floor in (highest | {"datasets": 4}).items()}
     assert set(highest) == modules - {HARNESS}
     assert {module: floor_of(module) for module in highest if floor_of(module) > highest[module]} == {}

@@ -23,7 +23,7 @@ from gymnasium.spaces import Box
 from minari.dataset.minari_storage import is_image_space
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from common.harness import pointmaze
+from common.harness import bandit, pointmaze
 from common.harness.d4rl import d4rl_task, read_d4rl
 from common.harness.environments import make_env, make_gym_env, observation_parts
 from common.harness.flags import check_flags
@@ -142,6 +142,8 @@ def read_transitions(task: Task) -> tuple[Dataset, np.ndarray]:
         path, max_steps = task.d4rl_file.resolve(), task.environment.max_steps
         with _refusing_damage(f"The file {path}"):
             return _cached(path, [max_steps], lambda: read_d4rl(path, max_steps))
+    if not task.dataset_ids:
+        return bandit.make_dataset()
     parts = [read_minari(dataset_id, task.environment.obs_keys) for dataset_id in task.dataset_ids]
     if len(parts) == 1:
         return parts[0]
@@ -231,7 +233,7 @@ def load_dataset(task: Task, reward_rule: RewardRule) -> tuple[Dataset, Behaviou
     scores = normalized_score(environment, returns)
     mean, std = (f(dataset.obs, axis=0, dtype=np.float64).astype(np.float32) for f in (np.mean, np.std))
     statistics = {
-        "dataset": " + ".join(task.dataset_ids) or task.d4rl_file.name,
+        "dataset": " + ".join(task.dataset_ids) or getattr(task.d4rl_file, "name", "drawn in memory"),
         "transitions": len(dataset.reward),
         "episodes": len(ends),
         "observation_dim": dataset.obs.shape[1],

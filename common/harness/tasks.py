@@ -43,6 +43,9 @@ ANTMAZE = Domain("antmaze", 3e-4, 1.0, 1_000_000, "cql_antmaze", "iql_antmaze", 
 ADROIT = Domain("adroit", 3e-5, 0.1, 1_000_000, "normalize", "normalize", temperature=2.0)
 KITCHEN = Domain("kitchen", 3e-4, 0.005, 1_000_000, "normalize", "normalize", temperature=2.0)
 POINTMAZE = ANTMAZE._replace(name="pointmaze", num_updates=3_000, eval_every=1_000, preset="fast")
+BANDIT = POINTMAZE._replace(
+    name="bandit", learning_rate=3e-3, iql_reward_rule="cql_antmaze", num_updates=500, eval_every=100
+)
 OTHER = LOCOMOTION._replace(name="other", iql_reward_rule="none")
 
 
@@ -138,6 +141,7 @@ def _build_tasks() -> dict[str, Task]:
     for name in ("UMaze", "Medium", "Large"):
         ids = (f"edp/pointmaze/{name.lower()}-v0",)
         tasks.append(Task(f"pointmaze-{name.lower()}", ENVIRONMENTS[f"PointMaze_{name}"], ids))
+    tasks.append(Task("bandit", Environment(BANDIT, "common.harness.bandit:Bandit-v0", 1, (0.0, 1.0)), ()))
     return {task.env_id: task for task in tasks}
 
 
@@ -216,7 +220,7 @@ def main() -> None:
             print("\n" + ", ".join(f"{name} {value}" for name, value in shown._asdict().items()))
         low, high = environment.reference
         protocol = f"{environment.gym_id}, {environment.max_steps} steps, score 0 at return {low:g}, 100 at {high:g}"
-        print(f"  {env_id:<27}{' + '.join(dataset_ids):<61}{protocol}")
+        print(f"  {env_id:<27}{' + '.join(dataset_ids) or 'drawn in memory':<61}{protocol}")
     sys.stdout.flush()
 
 
