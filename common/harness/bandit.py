@@ -13,7 +13,7 @@ STD = 0.1  # of the behaviour around each mode
 RADIUS = 0.3  # around the first mode: three deviations, so that one action in a hundred of that mode misses
 
 
-def reward_of(action: np.ndarray) -> np.ndarray:
+def reward_of(action: np.ndarray) -> np.ndarray | np.float32:
     """1 within `RADIUS` of the mode that pays, else 0; of shape (...) for actions (..., 2)."""
     return np.float32(np.linalg.norm(action - MODES[0], axis=-1) < RADIUS)
 
