@@ -67,9 +67,9 @@ class Args:
 
     # Evaluation
     eval_every: Positive[int] | None = None
-    """updates between evaluations: 10,000; in pointmaze 1,000, in OGBench 100,000"""
+    """updates between evaluations: 10,000; in pointmaze 1,000, in bandit 100, in OGBench 100,000"""
     eval_episodes: Positive[int] | None = None
-    """episodes of each evaluation, for each seed: 10; in mazes 100, in OGBench 50"""
+    """episodes of each evaluation, for each seed: 10; in mazes and bandit 100, in OGBench 50"""
     policy_temperature: NonNegative[float] = 1.0
     """scales the predicted noise when acting (C.4)"""
     init_noise_scale: NonNegative[float] = 1.0
@@ -77,7 +77,7 @@ class Args:
 
     # Optimisation
     num_updates: Positive[int] | None = None
-    """gradient updates: 2,000,000 in locomotion, 3,000 in pointmaze, else 1,000,000"""
+    """gradient updates: 2,000,000 in locomotion, 3,000 in pointmaze, 500 in bandit, else 1,000,000"""
     batch_size: Positive[int] = 256
     """transitions of an update"""
     learning_rate: Positive[float] = 3e-4

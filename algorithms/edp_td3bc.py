@@ -54,7 +54,7 @@ class Args:
     trust: str = ""
     """packages, a,b,..., whose code the data may run as their environment, beside Gymnasium's and OGBench's"""
     reward_rule: RewardRule | None = None
-    """shape of the rewards: locomotion none (IQL iql_locomotion), mazes cql_antmaze (iql_antmaze), else normalize"""
+    """rewards: bandit, mazes cql_antmaze (IQL in mazes iql_antmaze), locomotion none (iql_locomotion), else normalize"""
     preset: Preset | None = None
     """paper; or fast, for some thousands of updates (README, "Short of compute?"), which is pointmaze's default"""
     normalize_obs: bool = False
@@ -74,9 +74,9 @@ class Args:
 
     # Evaluation
     eval_every: Positive[int] | None = None
-    """updates between evaluations: 10,000; in pointmaze 1,000, in OGBench 100,000"""
+    """updates between evaluations: 10,000; in pointmaze 1,000, in bandit 100, in OGBench 100,000"""
     eval_episodes: Positive[int] | None = None
-    """episodes of each evaluation, for each seed: 10; in mazes 100, in OGBench 50"""
+    """episodes of each evaluation, for each seed: 10; in mazes and bandit 100, in OGBench 50"""
     num_eval_actions: Positive[int] = 10
     """N of energy-based action selection (Alg. 2); 1 is plain sampling"""
     policy_temperature: NonNegative[float] = 1.0
@@ -86,11 +86,11 @@ class Args:
 
     # Optimisation
     num_updates: Positive[int] | None = None
-    """gradient updates: 2,000,000 in locomotion, 3,000 in pointmaze, else 1,000,000"""
+    """gradient updates: 2,000,000 in locomotion, 3,000 in pointmaze, 500 in bandit, else 1,000,000"""
     batch_size: Positive[int] = 256
     """transitions of an update"""
     learning_rate: Positive[float] | None = None
-    """Adam's, for all networks: 3e-4; in adroit 3e-5 (Table 3)"""
+    """Adam's, for all networks: 3e-4; in adroit 3e-5 (Table 3), in bandit 3e-3"""
     lr_decay: bool = False
     """cosine decay of the policy's learning rate to 0"""
     max_grad_norm: Positive[float] = 5.0

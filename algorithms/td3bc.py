@@ -51,7 +51,7 @@ class Args:
     trust: str = ""
     """packages, a,b,..., whose code the data may run as their environment, beside Gymnasium's and OGBench's"""
     reward_rule: RewardRule | None = None
-    """shape of the rewards: locomotion none (IQL iql_locomotion), mazes cql_antmaze (iql_antmaze), else normalize"""
+    """rewards: bandit, mazes cql_antmaze (IQL in mazes iql_antmaze), locomotion none (iql_locomotion), else normalize"""
     preset: Preset | None = None
     """paper; or fast, for some thousands of updates (README, "Short of compute?"), which is pointmaze's default"""
     normalize_obs: bool = False
@@ -71,9 +71,9 @@ class Args:
 
     # Evaluation
     eval_every: Positive[int] | None = None
-    """updates between evaluations: 10,000; in pointmaze 1,000, in OGBench 100,000"""
+    """updates between evaluations: 10,000; in pointmaze 1,000, in bandit 100, in OGBench 100,000"""
     eval_episodes: Positive[int] | None = None
-    """episodes of each evaluation, for each seed: 10; in mazes 100, in OGBench 50"""
+    """episodes of each evaluation, for each seed: 10; in mazes and bandit 100, in OGBench 50"""
     num_eval_actions: Positive[int] = 1
     """N of energy-based action selection (Alg. 2); 1 is the policy's own action"""
     eval_noise: NonNegative[float] = 0.2
@@ -81,7 +81,7 @@ class Args:
 
     # Optimisation
     num_updates: Positive[int] | None = None
-    """gradient updates: 2,000,000 in locomotion, 3,000 in pointmaze, else 1,000,000"""
+    """gradient updates: 2,000,000 in locomotion, 3,000 in pointmaze, 500 in bandit, else 1,000,000"""
     batch_size: Positive[int] = 256
     """transitions of an update"""
     learning_rate: Positive[float] = 3e-4

@@ -50,7 +50,7 @@ def test_the_harness_knows_no_algorithm_and_has_four_floors():
     assert not any(name.startswith("algorithms") for module in modules for name in imports_of(FILES[module]))
     floors = (
         ("flags", "plots", "process", "records", "tasks"),
-        ("checkpoint", "environments"),
+        ("bandit", "checkpoint", "environments"),
         ("d4rl", "ogbench", "pointmaze", "run"),
         ("datasets",),
     )

@@ -28,10 +28,10 @@ KITCHEN = ["kitchen-complete", "kitchen-partial", "kitchen-mixed"]
 POINTMAZE = ["pointmaze-umaze", "pointmaze-medium", "pointmaze-large"]
 
 
-def test_the_table_holds_the_papers_twenty_tasks_the_other_hands_simple_sets_and_three_pointmazes():
+def test_the_table_holds_the_papers_twenty_tasks_the_other_hands_simple_sets_three_pointmazes_and_the_bandit():
     assert len(LOCOMOTION + ANTMAZE + PEN + KITCHEN) == 20
     assert set(PEN) < set(ADROIT)
-    assert sorted(TASKS) == sorted(LOCOMOTION + SIMPLE + ANTMAZE + ADROIT + KITCHEN + POINTMAZE)
+    assert sorted(TASKS) == sorted(LOCOMOTION + SIMPLE + ANTMAZE + ADROIT + KITCHEN + POINTMAZE + ["bandit"])
     assert all(TASKS[env_id].env_id == env_id for env_id in TASKS)
 
 
@@ -43,6 +43,7 @@ def test_the_table_holds_the_papers_twenty_tasks_the_other_hands_simple_sets_and
         (ADROIT, (3e-5, 0.1, 1_000_000, "normalize", "normalize", 0.7, 1 / 0.5, 10_000, 10, "paper")),
         (KITCHEN, (3e-4, 0.005, 1_000_000, "normalize", "normalize", 0.7, 1 / 0.5, 10_000, 10, "paper")),
         (POINTMAZE, (3e-4, 1.0, 3_000, "cql_antmaze", "iql_antmaze", 0.9, 1 / 10, 1_000, 100, "fast")),
+        (["bandit"], (3e-3, 1.0, 500, "cql_antmaze", "cql_antmaze", 0.9, 1 / 10, 100, 100, "fast")),
     ],
 )
 def test_hyperparameters_of_the_domains(env_ids, expected):
@@ -57,6 +58,7 @@ def test_evaluation_environments_and_their_horizons():
     for size, of_ants, of_points in (("UMaze", 700, 300), ("Medium", 1000, 600), ("Large", 1000, 800)):
         expected[f"antmaze-{size.lower()}"] = (f"AntMaze_{size}-v5", of_ants)
         expected[f"pointmaze-{size.lower()}"] = (f"PointMaze_{size}-v3", of_points)
+    expected["bandit"] = ("common.harness.bandit:Bandit-v0", 1)
     for env_id, task in TASKS.items():
         (protocol,) = (value for name, value in expected.items() if env_id.startswith(name))
         assert (task.environment.gym_id, task.environment.max_steps) == protocol, env_id
@@ -68,7 +70,7 @@ def test_evaluation_environments_and_their_horizons():
         (LOCOMOTION[:3] + SIMPLE[:1], -280.178953, 12135.0, 5000.0, 42.5300269),  # 100 * 5280.178953 / 12415.178953
         (LOCOMOTION[3:6], -20.272305, 3234.3, 1500.0, 46.7118921),  # 100 * 1520.272305 / 3254.572305
         (LOCOMOTION[6:], 1.629008, 4592.3, 0.0, -0.0354851829),  # 100 * -1.629008 / 4590.670992
-        (ANTMAZE + POINTMAZE, 0.0, 1.0, 0.5, 50.0),
+        ([*ANTMAZE, *POINTMAZE, "bandit"], 0.0, 1.0, 0.5, 50.0),
         (ADROIT[:3], 96.262799, 3076.8331017826877, 2000.0, 63.8715752),  # 100 * 1903.737201 / 2980.5703028
         (KITCHEN, 0.0, 4.0, 3.0, 75.0),
         (ADROIT[3:6], -56.512833, 2880.5693087298737, 1000.0, 35.97151),  # 100 * 1056.512833 / 2937.0821427298737
@@ -112,7 +114,7 @@ def test_the_printed_table_has_every_task_with_its_data_and_every_domain_with_it
     table = capsys.readouterr().out
     for env_id, task in TASKS.items():
         (line,) = re.findall(rf"^ +{env_id} .*$", table, re.MULTILINE)
-        data = "D4RL's file alone" if env_id.endswith("-medium-replay") else " + ".join(task.dataset_ids)
+        data = "drawn in memory" if env_id == "bandit" else " + ".join(task.dataset_ids) or "D4RL's file alone"
         assert f" {data} " in line
         assert f" {task.environment.gym_id}, {task.environment.max_steps} steps" in line
     assert "name adroit, learning_rate 3e-05, eta 0.1, num_updates 1000000" in table

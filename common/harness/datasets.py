@@ -30,7 +30,7 @@ from minari.dataset.minari_storage import MinariStorage, is_image_space
 from minari.storage.datasets_root_dir import get_dataset_path
 from minari.storage.remotes import DEFAULT_REMOTE, get_cloud_storage
 
-from common.harness import ogbench, pointmaze
+from common.harness import bandit, ogbench, pointmaze
 from common.harness.d4rl import d4rl_task, read_d4rl
 from common.harness.environments import (
     make_env,
@@ -43,6 +43,7 @@ from common.harness.flags import check_flags
 from common.harness.records import Behaviour, Dataset, numbers
 from common.harness.run import CACHE, resumed, set_up_jax
 from common.harness.tasks import (
+    BANDIT,
     GOAL_RADIUS,
     Environment,
     RewardRule,
@@ -92,7 +93,7 @@ def resolve_task(env_id: str, dataset_id: str | None = None, dataset_path: str |
     if ogbench.knows(env_id):
         return ogbench.task_of(env_id)
     task = find_task(env_id)
-    if not task.dataset_ids:
+    if not task.dataset_ids and task.environment.domain != BANDIT:
         raise SystemExit(f"Minari has no data for {env_id}: give D4RL's own file with --dataset-path.")
     task = task._replace(dataset_ids=tuple(map(_ensure_local_or_older, task.dataset_ids)))
     for part in task.dataset_ids:
@@ -215,6 +216,8 @@ def read_transitions(task: Task) -> tuple[Dataset, np.ndarray]:
         read, setting = (ogbench.read, task.env_id) if is_ogbench else (read_d4rl, task.environment.max_steps)
         with _refusing_damage(f"The file {path}", "download it again"):
             return _cached(path, [setting], lambda: read(path, setting))
+    if task.environment.domain == BANDIT:
+        return bandit.make_dataset()
     parts = [read_minari(dataset_id, task.environment.obs_keys) for dataset_id in task.dataset_ids]
     if len(parts) == 1:
         return parts[0]

@@ -399,4 +399,4 @@ def resumed(args):
     if saved.lr_decay and given.get("num_updates", saved.num_updates) > saved.num_updates:
         print("Note: with --lr-decay the learning rate now falls to 0 at the new end; it rises until then.")
     given = {name: given[name] for name in ("resume", *FREE) if name in given}
-    return dataclasses.replace(saved, **{"trust": None} | given)  # whom to trust is not for a file to say
+    return dataclasses.replace(saved, **{"trust": ""} | given)  # whom to trust is not for a file to say

@@ -47,6 +47,9 @@ POINTMAZE = ANTMAZE._replace(name="pointmaze", num_updates=3_000, eval_every=1_0
 # Updates and evaluations as in OGBench's papers; IQL's values are antmaze's, whose shaped rewards are
 # the same; eta is the paper's usual one.
 OGBENCH = Domain("ogbench", 3e-4, 1.0, 1_000_000, "none", "none", 0.9, 1 / 10, eval_every=100_000, eval_episodes=50)
+BANDIT = POINTMAZE._replace(
+    name="bandit", learning_rate=3e-3, iql_reward_rule="cql_antmaze", num_updates=500, eval_every=100
+)
 OTHER = LOCOMOTION._replace(name="other", iql_reward_rule="none")
 
 
@@ -127,6 +130,8 @@ class Task(NamedTuple):
     @property
     def data(self) -> str:
         """Their names, for people."""
+        if self.environment.domain == BANDIT:
+            return "drawn in memory"
         return " + ".join(self.dataset_ids) or (self.file.name if self.file else "D4RL's file alone")
 
 
@@ -151,6 +156,7 @@ def _build_tasks() -> dict[str, Task]:
     for name in ("UMaze", "Medium", "Large"):
         ids = (f"edp/pointmaze/{name.lower()}-v0",)
         tasks.append(Task(f"pointmaze-{name.lower()}", ENVIRONMENTS[f"PointMaze_{name}"], ids))
+    tasks.append(Task("bandit", Environment(BANDIT, "common.harness.bandit:Bandit-v0", 1, (0.0, 1.0)), ()))
     return {task.env_id: task for task in tasks}
 
 

@@ -1,0 +1,53 @@
+"""The toy: its data and its environment by hand, and what a learner makes of it."""
+
+import dataclasses
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from algorithms import bc, edp_td3bc
+from common.harness import bandit
+from common.harness.datasets import load_dataset, resolve_task
+from common.harness.tasks import with_domain_defaults
+
+
+def test_the_environment_pays_around_one_mode_and_ends_after_one_step():
+    env = gymnasium.make("common.harness.bandit:Bandit-v0")
+    # 0.29 and 0.31 from (0.6, 0.6), the other three modes, the mean of all four
+    actions = [[0.6, 0.6], [0.89, 0.6], [0.91, 0.6], [-0.6, 0.6], [-0.6, -0.6], [0.6, -0.6], [0, 0]]
+    for action, pay in zip(actions, (1, 1, 0, 0, 0, 0, 0)):
+        env.reset(seed=0)
+        _, reward, terminated, truncated, _ = env.step(np.float32(action))
+        assert (reward, terminated, truncated) == (pay, True, False)
+
+
+def test_the_data_are_four_equal_modes_with_a_quarter_of_the_pay():
+    dataset, behaviour = load_dataset(resolve_task("bandit"), "none")
+    near = np.argmin(np.linalg.norm(dataset.action[:, None] - bandit.MODES, axis=-1), axis=1)
+    assert np.bincount(near) / len(near) == pytest.approx(0.25, abs=0.02)
+    assert (dataset.action - bandit.MODES[near]).std(axis=0) == pytest.approx(0.1, rel=0.03)
+    # of a mode's actions, exp(-3^2 / 2) are three deviations away or more
+    assert behaviour.statistics["behaviour_score"] == pytest.approx(25 * (1 - np.exp(-4.5)), abs=2)
+    assert (dataset.terminal == 1).all()
+
+
+def act_after(algorithm, num_updates: int, **flags) -> np.ndarray:
+    """1000 actions of one seed, after updates with the settings of the task."""
+    args = with_domain_defaults(algorithm.Args(env_id="bandit", **flags), resolve_task("bandit").environment.domain)
+    args = dataclasses.replace(args, num_updates=num_updates)
+    dataset, _ = load_dataset(resolve_task("bandit"), "cql_antmaze")
+    dataset, keys = jax.tree.map(jnp.asarray, dataset), jax.random.split(jax.random.key(0), 1)
+    state = jax.jit(jax.vmap(lambda key: algorithm.init_state(key, 1, 2, args)))(keys)
+    state, _ = algorithm.train_chunk(state, num_updates, keys, dataset, args, num_updates)
+    episode_keys = jax.random.split(jax.random.key(1), (1, 1000))
+    return np.asarray(algorithm.act(state, jnp.zeros((1, 1000, 1)), episode_keys, 0, args))[0]
+
+
+def test_edp_finds_the_mode_that_pays_and_the_mean_of_a_gaussian_does_not():
+    assert bandit.reward_of(act_after(edp_td3bc, 100)).mean() > 0.9
+    mean = act_after(bc, 200)
+    assert np.abs(mean).max() < 0.1, "between the modes"
+    assert bandit.reward_of(mean).sum() == 0
