@@ -54,7 +54,7 @@ class Args:
     dataset_path: str | None = None
     """an original D4RL file (HDF5) of the task, in place of Minari's data"""
     reward_rule: RewardRule | None = None
-    """rewards: bandit, mazes cql_antmaze (IQL in mazes iql_antmaze), locomotion none (iql_locomotion), else normalize"""
+    """rewards: bandit, mazes cql_antmaze (IQL's mazes iql_antmaze), locomotion none (iql_locomotion), else normalize"""
     preset: Preset | None = None
     """paper; or fast, for some thousands of updates (README, "Short of compute?"), which is pointmaze's default"""
     normalize_obs: bool = False
