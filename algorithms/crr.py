@@ -52,7 +52,7 @@ class Args:
     trust: str = ""
     """packages, a,b,..., whose code the data may run as their environment, beside Gymnasium's and OGBench's"""
     reward_rule: RewardRule | None = None
-    """rewards: bandit, mazes cql_antmaze (IQL in mazes iql_antmaze), locomotion none (iql_locomotion), else normalize"""
+    """rewards: bandit, mazes cql_antmaze (IQL's mazes iql_antmaze), locomotion none (iql_locomotion), else normalize"""
     preset: Preset | None = None
     """paper; or fast, for some thousands of updates (README, "Short of compute?"), which is pointmaze's default"""
     normalize_obs: bool = False
