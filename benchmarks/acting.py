@@ -81,7 +81,8 @@ def open_run(folder: Path) -> Trained:
         if algorithm not in ALGORITHMS:
             raise CheckpointError(f"{folder}/ holds a run of {algorithm}, which is not in algorithms/")
         module = importlib.import_module(f"algorithms.{algorithm}")
-        return Trained(module, *load_run(folder, module))
+        args, state, header = load_run(folder, module)
+        return Trained(module, dataclasses.replace(args, trust=""), state, header)  # whom to trust no file can say
     except CheckpointError as error:
         sentence = str(error)
         raise SystemExit(f"{sentence[0].upper()}{sentence[1:]}.") from None
