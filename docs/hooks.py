@@ -1,6 +1,6 @@
 """What MkDocs cannot do by itself: pages made from the source, mathematics without a network, links out of docs/.
 
-    <!-- source: algorithms/iql.py -->       every function beside its equations (docs/algorithms/equations.md), and flags
+    <!-- source: algorithms/iql.py -->       each function beside its equations (docs/algorithms/equations.md); flags
     <!-- side by side: iql edp_iql -->       two files of algorithms/, line by line, with the words that differ marked
     $...$, $$...$$                           MathML, which browsers show by themselves, in the font STIX Two Math
     [text](../benchmarks/results/x.csv)      the file becomes part of the site; README.md is its first page
@@ -153,7 +153,10 @@ def side_by_side(left: str, right: str) -> str:
     out, removed, added = [], 0, 0
     for kind, i1, i2, j1, j2 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         if kind == "equal":
-            rows = [row("same", (i, colours[0][i], []), (j, colours[1][j], [])) for i, j in zip(range(i1, i2), range(j1, j2))]
+            rows = [
+                row("same", (i, colours[0][i], []), (j, colours[1][j], []))
+                for i, j in zip(range(i1, i2), range(j1, j2))
+            ]
             first, last = (CONTEXT if i1 else 0), (CONTEXT if i2 < len(a) else 0)
             folded = rows[first : len(rows) - last]
             if len(folded) > FOLD:
@@ -164,14 +167,18 @@ def side_by_side(left: str, right: str) -> str:
             continue
         removed, added = removed + i2 - i1, added + j2 - j1
         for i, j in align(a[i1:i2], b[j1:j2]):
-            cells = [None if k is None else (at + k, colours[n][at + k], []) for n, (at, k) in enumerate([(i1, i), (j1, j)])]
+            cells = [
+                None if k is None else (at + k, colours[n][at + k], []) for n, (at, k) in enumerate([(i1, i), (j1, j)])
+            ]
             if i is not None and j is not None:
                 for cell, marks in zip(cells, changed_words(a[i1 + i], b[j1 + j])):
                     cell[2].extend(marks)
             out.append(row("changed" if None not in (i, j) else "removed" if j is None else "added", *cells))
     heads = "".join(f"<b>algorithms/{name}.py</b>" for name in (left, right))
-    count = f"<p>{removed + added} changed lines: {removed} of <code>{left}.py</code>, {added} of <code>{right}.py</code>.</p>"
-    return f'{count}<div class="sides highlight" data-search-exclude><div class="heads">{heads}</div>{"".join(out)}</div>'
+    count = f"<p>{removed} lines of <code>{left}.py</code> became {added} of <code>{right}.py</code>.</p>"
+    return (
+        f'{count}<div class="sides highlight" data-search-exclude><div class="heads">{heads}</div>{"".join(out)}</div>'
+    )
 
 
 def coloured_lines(text: str) -> list[list[tuple[str, str]]]:
@@ -217,7 +224,7 @@ def changed_words(a: str, b: str) -> tuple[list[tuple[int, int]], list[tuple[int
     marks = [], []
     for kind, i1, i2, j1, j2 in difflib.SequenceMatcher(None, *sides, autojunk=False).get_opcodes():
         for side, place, mark, first, last in zip(sides, places, marks, (i1, j1), (i2, j2)):
-            if kind == "equal" and "".join(side[first:last]).strip() or first == last:
+            if (kind == "equal" and "".join(side[first:last]).strip()) or first == last:
                 continue
             if mark and mark[-1][1] == place[first]:  # a space between two changed words is marked, too
                 first_place = mark.pop()[0]
