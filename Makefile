@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint docs clean
 
 demo: .venv/.installed  ## learn pointmaze-umaze with EDP + TD3+BC: no download, two minutes on two cores
 	$(VENV)/python algorithms/edp_td3bc.py --env-id pointmaze-umaze
@@ -17,8 +17,11 @@ lint: .venv/.installed-dev
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 
+docs: .venv/.installed-docs  ## the site, in site/: open site/index.html, no network needed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --strict
+
 clean:
-	rm -rf .venv
+	rm -rf .venv site
 
 .venv/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -27,4 +30,9 @@ clean:
 
 .venv/.installed-dev: .venv/.installed requirements-dev.txt
 	$(VENV)/pip install -q -r requirements-dev.txt
+	touch $@
+
+.venv/.installed-docs: requirements-docs.txt
+	$(PYTHON) -m venv .venv
+	$(VENV)/pip install -q -r requirements-docs.txt
 	touch $@

@@ -16,7 +16,7 @@ from common.harness import Dataset
 from common.harness.checkpoint import checkpoints, save_checkpoint
 from common.harness.records import Episodes
 
-README = Path(acting.__file__).parents[1] / "README.md"
+PAGE = Path(acting.__file__).parents[1] / "docs" / "acting.md"
 TINY = {"dataset_id": "test/hopper/random-v0", "num_updates": 2, "eval_episodes": 2, "num_seeds": 2, "seed": 3}
 DIFFUSION = {"num_diffusion_steps": 21, "num_solver_calls": 3, "num_eval_actions": 5}
 
@@ -99,8 +99,8 @@ def test_spread_is_that_of_the_samples_and_of_the_data_around_their_mean():
     np.testing.assert_allclose(data, np.sqrt(0.4**2 + 0.2**2), rtol=0.02)
 
 
-def test_the_snippet_of_the_readme_runs(runs):
-    snippet = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+def test_the_snippet_of_the_page_runs(runs):
+    snippet = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
     exec(snippet.replace("runs/<run>", str(runs / "edp")), names := {})
     assert names["action"].shape == (2, 3, 3)
 

@@ -245,7 +245,7 @@ def test_lr_decay_takes_the_policys_rate_along_a_cosine_to_zero(algorithm, lr_de
     ("name", "flags"),
     [*((name, {}) for name in ALGORITHMS), ("bc", {"policy": "diffusion"}), ("edp_iql", {"critic_layer_norm": True})],
 )
-def test_an_update_keeps_shapes_and_types_and_reports_scalars_that_the_readme_explains(name, flags):
+def test_an_update_keeps_shapes_and_types_and_reports_scalars_that_the_docs_explain(name, flags):
     """Else the second chunk of a run would compile anew: its state comes from an update, not from init_state."""
     algorithm = importlib.import_module(f"algorithms.{name}")
     args, dataset = make_args(algorithm, **flags), make_dataset()
@@ -257,7 +257,7 @@ def test_an_update_keeps_shapes_and_types_and_reports_scalars_that_the_readme_ex
         assert (before.shape, before.dtype, before.weak_type) == (after.shape, after.dtype, after.weak_type)
     assert {"policy_loss"} | ({"critic_loss", "q"} if name != "bc" else set()) <= metrics.keys()
     assert all(metric.shape == () for metric in metrics.values())
-    table = re.findall(r"^\| (`.+?`) \|", (SCRIPTS.parent / "README.md").read_text(), flags=re.MULTILINE)
+    table = re.findall(r"^\| (`.+?`) \|", (SCRIPTS.parent / "docs" / "metrics.md").read_text(), flags=re.MULTILINE)
     assert metrics.keys() <= set(re.findall(r"`(\w+)`", " ".join(table)))
 
 

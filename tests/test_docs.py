@@ -1,0 +1,330 @@
+"""README and docs/: every command works, the site builds and needs no network, its pages hold the source as it is."""
+
+import ast
+import contextlib
+import difflib
+import html
+import importlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+import tyro
+from helpers import ALGORITHMS, SCRIPTS, TINY, make_args
+
+from common.harness import Dataset
+from common.harness.tasks import ENVIRONMENTS, TASKS, with_domain_defaults
+
+ROOT = SCRIPTS.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAIRS = sorted(path.stem for path in (ROOT / "docs" / "side-by-side").glob("*-*.md"))
+
+# ---------------------------------------------------------------------------------------------------------- commands
+
+NOT_RUN = {  # and why
+    "python3 -m venv .venv && source .venv/bin/activate": "sets up an environment, as `make test` did for this one",
+    'pip install "jax[cuda13]"': "for a GPU; gigabytes",
+    "pip install -r requirements.txt": "what `make test` installed",
+    "pip install -r requirements-dev.txt && python -m pytest -m 'not slow' -n 2 --dist loadfile": "these very tests",
+    "pip install wandb": "a service outside",
+    "pip install pyarrow": "in requirements-dev.txt",
+    "cp algorithms/edp_td3bc.py algorithms/edp_mean_q.py": "the fixture `exercise` does it",
+    "python algorithms/edp_mean_q.py --env-id pointmaze-umaze": "test_the_exercise_trains runs it",
+    "diff algorithms/edp_td3bc.py algorithms/edp_mean_q.py": "the fixture `exercise` counts its lines",
+}
+
+
+def commands():
+    """(page, command) of every fenced block without a language, and of code in a sentence that begins as a command."""
+    for page in PAGES:
+        text = page.read_text()
+        blocks = re.findall(r"^```(.*)\n((?:(?!```).*\n)*)```$", text, flags=re.MULTILINE)
+        for block in (block for language, block in blocks if not language):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    yield page, " ".join(shlex.quote(word) if " " in word else word for word in words)
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+        for command in re.findall(r"`((?:python|pip|make|diff) [^`]+)`", prose):
+            yield page, " ".join(command.replace("<algorithm>", "edp_td3bc").split())
+
+
+COMMANDS = {command: page for page, command in commands()}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:60])
+def test_a_command_of_the_docs_works(command):
+    """The script's own parser takes its flags, or it is cheap and run, or NOT_RUN gives the reason why not."""
+    if command in NOT_RUN:
+        return
+    words = [word for word in shlex.split(command) if not word.startswith("XLA_FLAGS=")]
+    if words[0] == "make":
+        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    elif words[0] == "diff":
+        assert subprocess.run(words, cwd=ROOT, capture_output=True).returncode == 1, "there are differences"
+    elif words[:2] == ["python", "-m"]:
+        subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    else:
+        assert words[0] == "python", "neither tested nor in NOT_RUN"
+        folder, script = words[1].removesuffix(".py").split("/")
+        module = importlib.import_module(f"algorithms.{script}" if folder == "algorithms" else script)
+        if "--help" in words:
+            with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit, match="0"):
+                tyro.cli(module.Args, args=words[2:])
+            return
+        args = tyro.cli(module.Args, args=words[2:])
+        if folder == "algorithms":
+            assert args.env_id in TASKS
+            with_domain_defaults(args, TASKS[args.env_id].environment.domain)  # intervals fit
+
+
+def test_no_reason_is_given_for_a_command_that_is_gone():
+    assert set(NOT_RUN) <= set(COMMANDS)
+
+
+# ------------------------------------------------------------------------------------------------------------ README
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.strip().splitlines()]
+
+
+def test_the_algorithms_of_the_readme():
+    """Lines are right to the ten, cited equations stand in the file, speeds are those that were measured."""
+    speeds = json.loads((ROOT / "benchmarks" / "results" / "speed-amd-epyc-2-cores-avx2.json").read_text())["updates"]
+    speeds["dql_baseline"] = speeds["dql"]
+    table = re.search(r"^\| file \| idea .*?\n\n", PAGES[0].read_text(), flags=re.MULTILINE | re.DOTALL)[0]
+    rows = cells(table)[2:]
+    assert [Path(row[0].strip("`")).stem for row in rows] == list(ALGORITHMS)
+    for file, _, equations, lines, speed in rows:
+        path = ROOT / file.strip("`")
+        assert abs(int(lines) - len(path.read_text().splitlines())) <= 10, file
+        cited = " ".join(re.findall(r"Eq\. [\d, and]+", path.read_text()))
+        assert set(equations.split(", ")) <= set(re.findall(r"\d+", cited)), file
+        assert bool(speed) == (path.stem in speeds)
+        assert not speed or float(speed) == pytest.approx(speeds[path.stem]["per_second"], rel=5e-3), file
+
+
+def test_the_tasks_of_the_readme_are_those_there_are():
+    named = set()
+    for pattern in re.findall(r"^\| `([\w{},-]+)` \|", PAGES[0].read_text(), flags=re.MULTILINE):
+        names = [""]
+        for part in re.split(r"(\{.*?\})", pattern):
+            names = [name + choice for name in names for choice in part.strip("{}").split(",")]
+        named |= set(names)
+    assert named == set(TASKS)
+
+
+def test_reference_returns_of_the_docs():
+    text = (ROOT / "docs" / "data.md").read_text()
+    for name, environment in ENVIRONMENTS.items():
+        row = re.search(rf"^\| `{name}` \| (\S+) \| (\S+) \|$", text, flags=re.MULTILINE)
+        if environment.cells is None:
+            assert (float(row[1]), float(row[2])) == environment.reference, name
+
+
+@pytest.fixture
+def exercise(tmp_path, monkeypatch):
+    """The algorithm that docs/your-own.md makes of edp_td3bc.py."""
+    patch = re.search(r"```diff\n(.*?)```", (ROOT / "docs" / "your-own.md").read_text(), flags=re.DOTALL)[1]
+    changed = original = (SCRIPTS / "edp_td3bc.py").read_text()
+    for minus, plus in re.findall(r"((?:^-(?!--).*\n)+)((?:^\+(?!\+\+).*\n)+)", patch, flags=re.MULTILINE):
+        old, new = ("".join(line[1:] + "\n" for line in part.splitlines()) for part in (minus, plus))
+        assert changed.count(old) == 1
+        changed = changed.replace(old, new)
+    lines = [line[0] for line in difflib.ndiff(original.splitlines(), changed.splitlines())]
+    assert (lines.count("-"), lines.count("+")) == (4, 2), "four lines go and two come"
+    (tmp_path / "edp_mean_q.py").write_text(changed)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield importlib.import_module("edp_mean_q")
+    del sys.modules["edp_mean_q"]
+
+
+def test_the_exercise_guides_by_the_mean_of_both_critics(exercise, quick_compilation):
+    args = make_args(exercise, TINY, learning_rate=3e-4, eta=1.0)
+    batch = Dataset(*(jnp.full(shape, 0.1) for shape in [(8, 4), (8, 2), (8,), (8, 4), (8,)]))
+
+    @jax.jit
+    def guidance(key):
+        state = exercise.init_state(key, 4, 2, args)
+        # Q_1 is 3 and Q_2 is -1 everywhere: guided by the mean, the loss is -1 / |1|
+        last = state.critics.mlp.layers[-1]
+        last = eqx.tree_at(lambda last: (last.weight, last.bias), last, (0 * last.weight, jnp.array([[3.0], [-1.0]])))
+        critics = eqx.tree_at(lambda critics: critics.mlp.layers[-1], state.critics, last)
+        return exercise.policy_loss(state.policy, critics, batch, key, args)[1]["guidance_loss"]
+
+    assert guidance(jax.random.key(0)) == -1
+
+
+@pytest.mark.slow
+def test_the_exercise_trains(exercise, pointmaze_datasets, tmp_path, quick_compilation):
+    results = exercise.train(make_args(exercise, TINY, run_dir=str(tmp_path / "run")))
+    assert results["last"].shape == (2,)
+
+
+# -------------------------------------------------------------------------------------------------------------- site
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The built site. Any warning is an error."""
+    for package in ("mkdocs", "material", "ziamath"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed; requirements-docs.txt has it")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    env = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return folder
+
+
+class Page(HTMLParser):
+    """What a page links to, loads, and can be linked to by."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.links, self.loads, self.ids = [], [], set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.ids |= {attributes[name] for name in ("id", "name") if attributes.get(name)}
+        if tag == "a" and "href" in attributes:
+            self.links.append(attributes["href"])
+        elif tag == "link" and attributes.get("rel") in ("stylesheet", "icon", "preload", "modulepreload"):
+            self.loads.append(attributes["href"])
+        elif tag in ("img", "script", "iframe", "video", "source", "audio") and attributes.get("src"):
+            self.loads.append(attributes["src"])
+
+
+def test_every_page_and_every_link_is_there_and_nothing_is_fetched(site):
+    pages = {path: Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
+    expected = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in PAGES[1:]} | {Path("index.html")}
+    assert {path.relative_to(site) for path in pages} == expected
+    for path, page in pages.items():
+        assert not [load for load in page.loads if urlsplit(load).netloc], path
+        for link in page.links + page.loads:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            assert target.is_file(), f"{path.relative_to(site)} links to {link}"
+            if parts.fragment and target in pages:
+                assert unquote(parts.fragment) in pages[target].ids, f"{path.relative_to(site)} links to {link}"
+    for style in site.rglob("*.css"):
+        for url in re.findall(r"(?:@import|url\()\s*[\"']?([^\"')]+)", style.read_text()):
+            assert not re.match(r"(https?:)?//", url), f"{style.name} fetches {url}"
+
+
+def test_mathematics_is_mathml(site):
+    for name in ("algorithms/equations", "algorithms/edp_td3bc", "metrics"):
+        text = (site / f"{name}.html").read_text()
+        assert "<math" in text
+        assert "arithmatex" not in text
+        assert r"\frac" not in text
+    assert (site / "assets" / "STIXTwoMath-Regular.ttf").stat().st_size > 100_000
+
+
+def plain(markup: str) -> str:
+    return html.unescape(re.sub(r"<[^>]+>", "", markup))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_page_of_an_algorithm_holds_every_function_of_it_as_it_is(site, algorithm):
+    source = (SCRIPTS / f"{algorithm}.py").read_text()
+    text = (site / "algorithms" / f"{algorithm}.html").read_text()
+    blocks = [plain(block) for block in re.findall(r"<pre>.*?<code>(.*?)</code></pre>", text, flags=re.DOTALL)]
+    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    shown = set(functions) - {"make_optimizer", "make_optimizers", "init_state", "train_chunk", "train"}
+    assert {"sample_action", "policy_loss", "train_step", "select_action"} <= shown
+    for name in shown:
+        node = functions[name]
+        code = "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno]) + "\n"
+        assert code in blocks, name
+        assert f"algorithms/{algorithm}.py, lines {node.lineno} to {node.end_lineno}" in text
+    for field in re.findall(r"^    (\w+): .*\n    \"\"\"", source, flags=re.MULTILINE):
+        assert f"--{field.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_side_by_side_page_holds_both_files_as_they_are(site, pair):
+    """And what is not marked in two lines side by side is the same in both."""
+    text = (site / "side-by-side" / f"{pair}.html").read_text()
+    rows = re.findall(
+        r'<div class="(same|changed|removed|added)"><i>(\d*)</i><code>(.*?)</code><i>(\d*)</i><code>(.*?)</code></div>',
+        text,
+        flags=re.DOTALL,
+    )
+    for name, number, code in zip(pair.split("-"), (1, 3), (2, 4)):
+        lines = [plain(row[code]) for row in rows if row[number]]
+        assert lines == (SCRIPTS / f"{name}.py").read_text().splitlines()
+        assert [int(row[number]) for row in rows if row[number]] == list(range(1, len(lines) + 1))
+    for kind, _, left, _, right in rows:
+        if kind in ("same", "changed"):
+            unmarked = [plain(re.sub(r"<mark>.*?</mark>", "", code)).split() for code in (left, right)]
+            assert "".join(unmarked[0]) == "".join(unmarked[1])
+            assert ("<mark>" in left + right) == (kind == "changed")
+    assert text.count("<details>") >= 3
+
+
+def test_the_six_pairs_are_there():
+    assert len(PAIRS) == 6
+
+
+@pytest.fixture
+def hooks():
+    pytest.importorskip("mkdocs", reason="requirements-docs.txt has it")
+    pytest.importorskip("ziamath", reason="requirements-docs.txt has it")
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_is_missing_ends_the_build(hooks, tmp_path, monkeypatch):
+    from mkdocs.exceptions import PluginError
+
+    with pytest.raises(PluginError, match="no file algorithms/gone"):
+        hooks.source_page("algorithms/gone.py")
+    with pytest.raises(PluginError, match="no file algorithms/gone"):
+        hooks.side_by_side("iql", "gone")
+    text = hooks.EQUATIONS.read_text()
+    monkeypatch.setattr(hooks, "EQUATIONS", tmp_path / "equations.md")
+    hooks.EQUATIONS.write_text(text.replace("## `critic_loss`", "## `critic_lost`"))
+    with pytest.raises(PluginError, match="critic_loss of algorithms/iql"):
+        hooks.source_page("algorithms/iql.py")
+
+
+def test_every_equation_belongs_to_a_function(hooks):
+    """An equation of a function that is gone would be shown on no page."""
+    files = [*(SCRIPTS / f"{name}.py" for name in ALGORITHMS), *(ROOT / "common").glob("*.py")]
+    defined = {
+        (node.name, file.stem) for file in files for node in ast.parse(file.read_text()).body if hasattr(node, "name")
+    }
+    for function, algorithm in hooks.equations():
+        assert (function, algorithm) in defined if algorithm else any(function == name for name, _ in defined)
+
+
+def test_words_that_differ_are_marked(hooks):
+    """Worked out by hand."""
+    lines = "return a + b_1", "return min(a, b_1)"
+    marked = [
+        "".join(character for k, character in enumerate(line) if any(first <= k < last for first, last in marks))
+        for line, marks in zip(lines, hooks.changed_words(*lines))
+    ]
+    assert marked == [" +", "min(,)"]
+    assert hooks.align(["x = 1", "y = 2"], ["y = 3"]) == [(0, None), (1, 0)]
