@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint figures clean
 
 demo: .venv/.installed  ## learn pointmaze-umaze with EDP + TD3+BC: no download, two minutes on two cores
 	$(VENV)/python algorithms/edp_td3bc.py --env-id pointmaze-umaze
@@ -16,6 +16,9 @@ test-slow: .venv/.installed-dev
 lint: .venv/.installed-dev
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
+
+figures: .venv/.installed  ## tables and pictures of the docs again, from benchmarks/results/
+	$(VENV)/python benchmarks/report.py benchmarks/results/*/ --quiet
 
 clean:
 	rm -rf .venv

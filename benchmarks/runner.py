@@ -151,7 +151,7 @@ def execute(job: Job, env: dict[str, str], cores: str = "", stop: threading.Even
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             time.sleep(0.2)
-        for command in commands(job):
+        for command in commands(job) if not stop.is_set() else ():
             if stop.is_set():
                 return "stopped"
             print("$ python", *command, file=log, flush=True)
