@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-slow lint docs figures clean
 
 demo: .venv/.installed  ## learn pointmaze-umaze with EDP + TD3+BC: no download, two minutes on two cores
 	$(VENV)/python algorithms/edp_td3bc.py --env-id pointmaze-umaze
@@ -19,6 +19,9 @@ lint: .venv/.installed-dev
 
 docs: .venv/.installed-docs  ## the site, in site/: open site/index.html, no network needed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --strict
+
+figures: .venv/.installed  ## tables and pictures of the docs again, from benchmarks/results/
+	$(VENV)/python benchmarks/report.py benchmarks/results/*/ --quiet
 
 clean:
 	rm -rf .venv site

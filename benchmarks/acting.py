@@ -14,6 +14,7 @@ states of the data, and how far the data's actions are. A policy that cloned the
 import csv
 import dataclasses
 import importlib
+import io
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,20 +149,20 @@ def act_again(folder: Path, args: Args) -> None:
 
     evaluate = Evaluator(task.environment, run.seeds, todo[0].eval_episodes)
     try:
-        file = open(folder / "acting.csv", "a", newline="")
+        file = open(folder / "acting.csv", "ab", buffering=0)  # a kill leaves whole evaluations
     except OSError as error:
         raise SystemExit(f"Cannot write to {folder}/acting.csv: {error.strerror}.") from None
     with file:
-        writer = csv.writer(file)
-        if file.tell() == 0:
-            writer.writerow(["update", "critics", *SETTINGS, "seed", "episode", "return", "length"])
+        heading = ["update", "critics", *SETTINGS, "seed", "episode", "return", "length"]
         for variant in todo:
             episodes = evaluate(lambda obs, step: run.act(obs, keys, step, variant), update)
             settings = {name: getattr(variant, name, "") for name in SETTINGS}
+            rows = [] if file.tell() else [heading]
             for (i, j), value in np.ndenumerate(episodes.returns):
                 row = [*settings.values(), run.seeds[i], j, repr(float(value)), episodes.lengths[i, j]]
-                writer.writerow([update, args.critics or "", *row])
-            file.flush()
+                rows.append([update, args.critics or "", *row])
+            csv.writer(text := io.StringIO(), lineterminator="\n").writerows(rows)
+            file.write(text.getvalue().encode())
             shown = ", ".join(f"{name} {value}" for name, value in settings.items() if getattr(args, name))
             scores = normalized_score(task.environment, episodes.returns).mean(axis=1)
             print(f"  {shown or 'as in the run'}: {mean_and_deviation(scores)}", flush=True)

@@ -1,0 +1,370 @@
+"""The paper redone by command: the paper's numbers, keys, reports, and sweeps that are killed and go on."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import report
+import reproduce
+from helpers import rows_of
+from runner import ROOT, Execution, Job, execute, is_finished, read_csv, run_all
+
+FLAGS = "--eval-episodes 1 --batch-size 8 --num-updates 20 --eval-every 20"
+DOMAIN_TASKS = {
+    domain: [task for task in reproduce.PAPER_TASKS if report.domain_of(task) == domain]
+    for domain in ("locomotion", "antmaze", "adroit", "kitchen")
+}
+MISPRINTS = {
+    ("EDP + TD3+BC", "antmaze"),
+    ("EDP + TD3+BC", "adroit"),
+    ("EDP + TD3+BC", "kitchen"),
+    ("EDP + IQL", "antmaze"),
+}
+
+
+def test_the_papers_averages_are_those_of_its_cells_but_for_four_misprints():
+    """An independent check of what was copied: 20 columns, printed with one decimal."""
+    wrong = set()
+    for row in report.PAPER:
+        for domain, tasks in DOMAIN_TASKS.items():
+            cells = [row[task] for task in tasks]
+            if all(cells) and row[domain] and abs(np.mean(list(map(float, cells))) - float(row[domain])) > 0.0501:
+                wrong.add((row["source"], row["metric"], row["column"], domain))
+    assert wrong == {("Table 5", "OMS", *misprint) for misprint in MISPRINTS}
+    assert sum(map(len, DOMAIN_TASKS.values())) == 20
+
+
+def test_every_column_of_a_table_has_the_papers_numbers():
+    for artefact in reproduce.ARTEFACTS.values():
+        for column in artefact.columns if artefact.source else ():
+            fields = DOMAIN_TASKS if artefact.kind == "means" else artefact.tasks
+            assert all(report.paper_numbers(artefact.source, column, field) for field in fields), (
+                artefact.title,
+                column,
+            )
+
+
+def test_table_3_is_what_the_paper_has():
+    heading, lines = reproduce.hyperparameters()
+    assert [line[0] for line in lines] == list(DOMAIN_TASKS) and heading[1] == "learning_rate"
+    assert all(line[1::2] == line[2::2] for line in lines)
+
+
+# ------------------------------------------------------------------------------------------------------------ reports
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    def write(name, returns, reference=(-20.0, 30.0), num_updates=20, acting=()):
+        """A run's files, with returns (evaluations, seeds, episodes) after 10, 20, ... updates."""
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        args = {"num_updates": num_updates, "num_seeds": len(returns[0]), "eval_episodes": len(returns[0][0])}
+        args |= {"num_eval_actions": 10, "seed": 0}
+        header = {"algorithm": "bc", "args": args, "reference_returns": reference, "normalization": [[0.0], [1.0]]}
+        header["dataset"] = {"behaviour_score": 7.25, "dataset": "some/data-v0"}
+        (folder / "args.json").write_text(json.dumps(header))
+        rows = [f"{10 * (i + 1)},{seed},{j},{float(value)!r},5" for (i, seed, j), value in np.ndenumerate(returns)]
+        (folder / "eval.csv").write_text("\n".join(["update,seed,episode,return,length", *rows]) + "\n")
+        if acting:
+            rows = [f"20,,{n},{seed},{j},{value},5" for n, seed, j, value in acting]
+            heading = "update,critics,num_eval_actions,seed,episode,return,length"
+            (folder / "acting.csv").write_text("\n".join([heading, *rows]) + "\n")
+
+    return write
+
+
+def artefact_of(*rows, **changes):
+    plain = {
+        "title": "T",
+        "command": "c",
+        "source": "Table 5",
+        "metrics": ["RAT"],
+        "tasks": list(reproduce.PAPER_TASKS),
+    }
+    columns = {"EDP + IQL": {"flags": "edp_iql"}}
+    return plain | {"kind": "table", "columns": columns, "differs": [], "scale": 1.0, "rows": list(rows)} | changes
+
+
+def test_scores_and_metrics_are_those_of_the_raw_returns(tmp_path, write_run):
+    returns = np.random.default_rng(0).normal(size=(2, 3, 4))
+    write_run("a", returns)
+    result = report.read_runs(tmp_path)["a"]
+    np.testing.assert_allclose(result.scores, 40 + 2 * returns.mean(axis=2))  # from -20 to 30
+    samples = result.samples({})
+    np.testing.assert_allclose(samples["OMS"], result.scores.max(axis=0))
+    np.testing.assert_allclose(samples["RAT"], result.scores.mean(axis=0))
+    np.testing.assert_allclose(samples["last"], result.scores[1])
+
+
+def test_interquartile_mean_and_interval_of_known_samples():
+    """Of 0 ... 7 the middle half is 2 ... 5; the interval holds it, and is narrower with more seeds."""
+    numbers = report.summary([np.arange(8.0)])
+    assert (numbers["mean"], numbers["iqm"]) == (3.5, 3.5)
+    assert report.summary([np.append(np.arange(7.0), 1e6)])["iqm"] == 3.5
+    assert numbers["iqm_low"] < 3.5 < numbers["iqm_high"]
+    wide, narrow = (report.summary([np.tile(np.arange(8.0), n)]) for n in (1, 20))
+    assert narrow["iqm_high"] - narrow["iqm_low"] < (wide["iqm_high"] - wide["iqm_low"]) / 3
+    assert report.summary([np.ones(1)])["deviation"] is None
+
+
+def test_the_papers_number_stands_in_a_column_of_its_own_and_is_marked_where_the_data_differ(tmp_path, write_run):
+    write_run("x", np.array([[[9.0], [9.0]], [[4.0], [8.0]]]), reference=(0.0, 100.0))
+    row = {"data": "hopper-medium", "task": "hopper-medium", "runs": {"EDP + IQL": "x"}, "differs": []}
+    text = report.write_report(tmp_path, "t", artefact_of(row), report.read_runs(tmp_path))
+    assert "| | behaviour | EDP + IQL | EDP + IQL, paper |" in text
+    assert "| hopper-medium | 7.2 | 7.5 +- 1.4 | 63.1 |" in text  # of 6.5 and 8.5; Table 5 has 63.1
+    row["differs"] = ["hopper-medium: other data"]
+    text = report.write_report(tmp_path, "t", artefact_of(row), report.read_runs(tmp_path))
+    assert "| 63.1* |" in text and "- hopper-medium: other data" in text
+    (cell,) = [row for row in rows_of(tmp_path / "t.csv") if row["metric"] == "RAT"]
+    assert (cell["mean"], cell["paper"], cell["source"], cell["scale"]) == ("7.5", "63.1", "Table 5", "1.0")
+    assert (tmp_path / "t.png").stat().st_size > 0
+
+
+def test_a_domains_mean_has_the_papers_beside_it_only_when_all_its_tasks_are_there(tmp_path, write_run):
+    rows = []
+    for i, task in enumerate(DOMAIN_TASKS["kitchen"]):
+        write_run(task, np.full((2, 2, 1), 30.0 * i), reference=(0.0, 100.0))
+        rows.append({"data": task, "task": task, "runs": {"EDP + IQL": task}, "differs": []})
+    for count, paper in ((3, "59.4"), (2, "")):
+        cells = report.cells_of(artefact_of(*rows[:count]), report.read_runs(tmp_path))
+        (mean,) = [c for c in cells if c["data"] == f"kitchen, mean of {count} of 3 tasks" and c["metric"] == "RAT"]
+        assert (mean["mean"], mean["paper"]) == (15.0 * (count - 1), paper)
+
+
+def test_a_run_that_did_not_finish_leaves_its_cell_empty_and_is_named(tmp_path, write_run):
+    write_run("x", np.ones((1, 1, 1)))  # ten updates of twenty
+    row = {"data": "a", "task": None, "runs": {"EDP + IQL": "x"}, "differs": []}
+    assert not report.cells_of(artefact_of(row), report.read_runs(tmp_path))
+
+
+def test_condensed_runs_hold_every_value_and_give_the_same_report(tmp_path, write_run):
+    rng = np.random.default_rng(0)
+    acting = [(3, seed, j, 0.5 * j) for seed in range(3) for j in range(4)]
+    write_run("runs/a/x", rng.normal(size=(2, 3, 4)), acting=acting)
+    columns = {"EDP + IQL": {"flags": "edp_iql"}, "N = 3": {"flags": "edp_iql", "acting": {"num_eval_actions": 3}}}
+    row = {"data": "a", "task": None, "runs": dict.fromkeys(columns, "a/x"), "differs": []}
+    artefact = artefact_of(row, columns=columns, metrics=["last"])
+    (tmp_path / "runs" / "artefacts.json").write_text(json.dumps({"t": artefact}))
+    report.main(report.Args((tmp_path / "runs",), condense=tmp_path / "condensed"))
+    report.main(report.Args((tmp_path / "condensed",)))
+    before, after = ((tmp_path / name / "t.md").read_text() for name in ("runs", "condensed"))
+    assert before == after and "41.5" in after  # N = 3: the mean of 0, 0.5, 1 and 1.5, from -20 to 30
+    rows = [row for row in rows_of(tmp_path / "condensed" / "returns.csv") if row.pop("run") == "a/x"]
+    assert rows == rows_of(tmp_path / "runs" / "a" / "x" / "eval.csv")
+
+
+def test_published_tables_recompute_from_the_results(tmp_path):
+    """Each line of a published table with deviations of the comparison is a line of its report."""
+    folder = ROOT / "benchmarks" / "results" / "comparison"
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
+    artefact = json.loads((folder / "artefacts.json").read_text())["comparison"]
+    cells = report.cells_of(artefact, runs := report.read_runs(folder))
+    behaviour = {row["data"]: runs[row["runs"]["BC"]].header["dataset"]["behaviour_score"] for row in artefact["rows"]}
+    lines = report.table([cell for cell in cells if cell["metric"] == "last"], behaviour).splitlines()
+    assert len(lines) == 7 and all(line in pages for line in lines)
+
+
+# ----------------------------------------------------------------------------------------------------------- planning
+
+
+def test_local_datasets_and_d4rl_files_are_found_by_their_names(datasets, tmp_path):
+    for name in ("edp/hopper/medium-replay-v0", "edp/hopper/medium-v0", "edp/hopper/medium-v1", "dapg/pen/mixed-v0"):
+        (datasets / name / "data").mkdir(parents=True)
+        (datasets / name / "data" / "metadata.json").touch()
+    found = {data.name: data.task for data in reproduce.find_data(("local",), reproduce.PAPER_TASKS)}
+    assert found == {"edp/hopper/medium-v1": "hopper-medium", "edp/hopper/medium-replay-v0": "hopper-medium-replay"}
+    files = {
+        "hopper-medium": "hopper_medium-v2.hdf5",
+        "hopper-medium-replay": "hopper_medium_replay-v2.hdf5",
+        "pen-human": "pen-human-v1.hdf5",
+        "antmaze-umaze": "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse.hdf5",
+        "antmaze-large-play": "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5",
+        "kitchen-complete": "mini_kitchen_microwave_kettle_light_slider-v0.hdf5",
+        "kitchen-partial": "kitchen_microwave_kettle_light_slider-v0.hdf5",
+        "kitchen-mixed": "kitchen_microwave_kettle_bottomburner_light-v0.hdf5",
+    }
+    for file in files.values():
+        (tmp_path / file).touch()
+    found = reproduce.find_data((str(tmp_path),), reproduce.PAPER_TASKS)
+    assert {data.task: Path(data.flags["dataset_path"]).name for data in found} == files
+
+
+def plan(folder, column="bc", **changes):
+    args = reproduce.Args(("table2",), ("pointmaze-umaze",), num_seeds=1, folder=folder, **{"flags": FLAGS} | changes)
+    return reproduce.plan(column, "pointmaze-umaze", (("env_id", "pointmaze-umaze"),), args)
+
+
+def test_the_key_changes_with_all_that_decides_the_numbers_and_with_nothing_else(pointmaze_datasets, tmp_path):
+    job = plan(tmp_path)
+    assert plan(tmp_path, on="ray", jobs=2, watch=True).folder == job.folder
+    assert plan(tmp_path, flags=f"{FLAGS} --track").folder == job.folder
+    others = [plan(tmp_path, flags=f"{FLAGS} --batch-size 9"), plan(tmp_path, scale=2)]
+    others.append(plan(tmp_path, "bc --top-fraction 0.1"))
+    (pointmaze_datasets / "edp/pointmaze/umaze-v0/data/more").write_text("other data")
+    reproduce.data_digest.cache_clear()
+    reproduce.plan.cache_clear()
+    others.append(plan(tmp_path))
+    assert len({job.folder, *(other.folder for other in others)}) == 5
+
+
+def test_scale_shortens_a_run_and_leaves_ten_evaluations(pointmaze_datasets, tmp_path):
+    job = plan(tmp_path, flags="--num-updates 200000 --eval-every 1000", scale=0.01)
+    assert (job.num_updates, job.flags[-1]) == (2000, "200")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"artefacts": ("fig8",)}, "There is no 'fig8'"),
+        ({"artefacts": ()}, "Name a table or figure"),
+        ({"scale": 0.0}, "have to be positive"),
+        ({"data": ("nobody/has/this-v0",)}, "Dataset nobody/has/this-v0 is not on this machine"),
+        ({"data": ("local",)}, "has none of table2's tasks"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(datasets, tmp_path, changes, sentence):
+    args = dataclasses.replace(reproduce.Args(("table2",), folder=tmp_path / "out"), **changes)
+    with pytest.raises(SystemExit, match=sentence):
+        reproduce.main(args)
+
+
+# -------------------------------------------------------------------------------------------------------------- sweeps
+
+COMMAND = [sys.executable, str(ROOT / "benchmarks" / "reproduce.py"), "table2", "--data", "pointmaze-umaze"]
+
+
+@pytest.fixture
+def sweep_env(pointmaze_datasets, tmp_path):
+    """Of child processes: quick compilation, small data, a cache for all."""
+    env = {"MINARI_DATASETS_PATH": str(pointmaze_datasets), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    return env | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "PYTHONPATH": str(ROOT)}
+
+
+def clone(folder, seed, num_updates):
+    flags = ("--env-id", "pointmaze-umaze", "--seed", str(seed), "--num-updates", str(num_updates))
+    flags += ("--eval-every", str(num_updates // 2), "--eval-episodes", "1", "--batch-size", "8")
+    return Job(folder / "maze" / f"bc-{seed}", "bc", flags, num_updates)
+
+
+@pytest.mark.slow
+def test_what_is_finished_is_not_run_again_and_a_failure_does_not_stop_the_others(sweep_env, tmp_path, monkeypatch):
+    for name, value in sweep_env.items():
+        monkeypatch.setenv(name, value)
+    jobs = [clone(tmp_path, 0, 20), clone(tmp_path, 1, 20)._replace(flags=("--no-such-flag",))]
+    failed = run_all(jobs, Execution(jobs=2))
+    assert list(failed) == [jobs[1].folder] and "log says why" in failed[jobs[1].folder]
+    written = (jobs[0].folder / "eval.csv").stat().st_mtime_ns
+    assert run_all(jobs[:1], Execution()) == {} and (jobs[0].folder / "eval.csv").stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_a_killed_command_is_gone_on_with(sweep_env, tmp_path):
+    """kill -9 of the command: its child saves and ends, and the same command goes on; the numbers are the same."""
+    flags = "--flags=--eval-episodes 1 --batch-size 8 --num-updates 4000 --eval-every 2000"
+    command = [
+        *COMMAND[:2],
+        "fig3",
+        *COMMAND[3:],
+        "--num-seeds",
+        "1",
+        flags.replace("--flags=", "--flags=--preset fast "),
+    ]
+    script = "import reproduce, sys; reproduce.ARTEFACTS['fig3'] = reproduce.ARTEFACTS['fig3']._replace(columns="
+    script += "reproduce.columns('BC')); reproduce.main(reproduce.tyro.cli(reproduce.Args))"
+    env = os.environ | sweep_env | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
+    start = lambda out: subprocess.Popen([sys.executable, "-c", script, *command[2:], "--folder", str(out)], env=env)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = start(killed)
+    while not any(killed.rglob("checkpoint-2000.eqx")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert start(killed).wait() == 0 and start(whole).wait() == 0
+    (log,) = killed.rglob("*.log")
+    assert log.read_text().count("$ python") == 2 and "--resume" in log.read_text()
+    first, second = (next(out.rglob("eval.csv")).read_text() for out in (killed, whole))
+    assert first == second
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_costs_no_run(sweep_env, tmp_path, monkeypatch):
+    """Two nodes of Ray on this machine; one is killed while it trains, and every number is that of a quiet run."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    for name, value in sweep_env.items():
+        monkeypatch.setenv(name, value)
+    jobs = [clone(tmp_path / "ray", seed, 4000) for seed in range(3)]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    other = cluster.add_node(num_cpus=1)
+    script = "import sys, pickle, runner; sys.exit(len(runner.run_all(*pickle.loads(bytes.fromhex(sys.argv[1])))))"
+    import pickle
+
+    how = Execution(on="ray", address=cluster.address)
+    env = os.environ | sweep_env | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
+    process = subprocess.Popen([sys.executable, "-c", script, pickle.dumps((jobs, how)).hex()], env=env)
+    try:
+        while len(list(tmp_path.rglob("checkpoint-2000.eqx"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        cluster.remove_node(other, allow_graceful=False)
+        assert process.wait() == 0
+    finally:
+        process.kill()
+        cluster.shutdown()
+        ray.shutdown()
+    quiet = [clone(tmp_path / "quiet", seed, 4000) for seed in range(3)]
+    assert run_all(quiet, Execution()) == {}
+    for one, another in zip(jobs, quiet):
+        assert is_finished(one)
+        assert (one.folder / "eval.csv").read_text() == (another.folder / "eval.csv").read_text()
+    assert any("--resume" in Path(f"{job.folder}.log").read_text() for job in jobs)
+
+
+@pytest.mark.slow
+def test_everything_at_a_thousandth(sweep_env, tmp_path):
+    """Every table and figure, on the small maze."""
+    command = [
+        *COMMAND[:2],
+        "all",
+        *COMMAND[3:],
+        "--scale",
+        "0.001",
+        "--num-seeds",
+        "1",
+        "--folder",
+        str(tmp_path / "out"),
+    ]
+    command += ["--flags=--eval-episodes 1 --batch-size 8"]
+    result = subprocess.run(command, env=os.environ | sweep_env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name, artefact in reproduce.ARTEFACTS.items():
+        assert (tmp_path / "out" / f"{name}.md").read_text().startswith(f"# {artefact.title}")
+    assert len(read_csv(tmp_path / "out" / "fig4.csv")) == 8
+
+
+def test_a_job_waits_for_the_process_that_holds_its_folder(tmp_path):
+    """As a child that outlives its command, or another command."""
+    import fcntl
+    import threading
+
+    job, stop = clone(tmp_path, 0, 20), threading.Event()
+    job.folder.parent.mkdir(parents=True)
+    with open(f"{job.folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=execute, args=(job, {}, "", stop))
+        waiting.start()
+        time.sleep(0.5)
+        assert waiting.is_alive() and not job.folder.exists()
+        stop.set()
+        waiting.join()
