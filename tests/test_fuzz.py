@@ -1,0 +1,91 @@
+"""Files damaged at random: what is read is what was written, or one sentence says why not; no traceback, no hang."""
+
+import random
+
+import h5py
+import numpy as np
+import pytest
+from helpers import record_hopper
+
+from common.harness import datasets as harness
+from common.harness import load_dataset
+from common.harness.datasets import resolve_task
+
+DAMAGES = {
+    "flip": lambda data, at, rng: data[:at] + bytes([data[at] ^ rng.randrange(1, 256)]) + data[at + 1 :],
+    "cut": lambda data, at, rng: data[:at],
+    "zeros": lambda data, at, rng: data[:at] + bytes(min(64, len(data) - at)) + data[at + 64 :],
+    "insert": lambda data, at, rng: data[:at] + rng.randbytes(3) + data[at:],
+}
+few_or = lambda many, few: pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])
+
+
+def damaged(original: bytes, i: int) -> bytes:
+    """Number `i` of a fixed series: every kind of damage, in turn anywhere and among the first 2,000 bytes."""
+    rng = random.Random(i)
+    at = rng.randrange(len(original) if i % 8 < 4 else min(2000, len(original)))
+    return list(DAMAGES.values())[i % 4](original, at, rng)
+
+
+def read_damaged(file, count: int, capsys, **task) -> tuple[int, int]:
+    """(refused, altered): how often damage was refused, and how often other numbers were read than were written."""
+    original, refused, altered = file.read_bytes(), 0, 0
+    right, _ = load_dataset(resolve_task(**task), "none")
+    for i in range(count):
+        file.write_bytes(damaged(original, i))
+        try:
+            dataset, _ = load_dataset(resolve_task(**task), "none")
+        except SystemExit as error:
+            assert isinstance(error.code, str)
+            assert error.code.endswith(".")
+            assert "\n" not in error.code
+            refused += 1
+            continue
+        assert all(np.isfinite(array).all() for array in dataset)
+        assert set(np.unique(dataset.terminal)) <= {0, 1}
+        altered += not all(np.array_equal(*arrays) for arrays in zip(dataset, right))
+    file.write_bytes(original)
+    with capsys.disabled():
+        print(f" {file.name}: {count} damaged, {refused} refused, {altered} read as other numbers", end="")
+    return refused, altered
+
+
+@few_or(300, few=24)
+def test_minari_files(datasets, capsys, count):
+    """HDF5 has no checksums here: a number that was altered in place is the one thing that cannot be seen."""
+    record_hopper()
+    folder = datasets / "test" / "hopper" / "random-v0" / "data"
+    task = {"env_id": "", "dataset_id": "test/hopper/random-v0"}
+    refused, _ = read_damaged(folder / "main_data.hdf5", 2 * count // 3, capsys, **task)
+    assert refused > 0
+    read_damaged(folder / "metadata.json", count // 3, capsys, **task)
+
+
+@few_or(150, few=16)
+def test_d4rl_files(datasets, tmp_path, capsys, count):
+    rng, steps = np.random.default_rng(0), 300
+    with h5py.File(tmp_path / "hopper.hdf5", "w") as file:
+        file["observations"] = rng.normal(size=(steps, 11)).astype(np.float32)
+        file["actions"] = rng.uniform(-1, 1, (steps, 3)).astype(np.float32)
+        file["rewards"] = rng.normal(size=steps).astype(np.float32)
+        file["terminals"] = np.arange(steps) % 50 == 49
+        file["timeouts"] = np.arange(steps) % 70 == 69
+    task = {"env_id": "hopper-medium", "dataset_path": str(tmp_path / "hopper.hdf5")}
+    refused, _ = read_damaged(tmp_path / "hopper.hdf5", count, capsys, **task)
+    assert refused > 0
+
+
+@few_or(100, few=16)
+def test_caches(datasets, count):
+    """A damaged cache is made again in silence: what is read is always what was written."""
+    record_hopper()
+    task = resolve_task("", "test/hopper/random-v0")
+    right, _ = load_dataset(task, "none")
+    (cache,) = harness.CACHE.rglob("*.npz")
+    original = cache.read_bytes()
+    for i in range(count):
+        cache.write_bytes(damaged(original, i))
+        dataset, _ = load_dataset(task, "none")
+        for array, expected in zip(dataset, right):
+            np.testing.assert_array_equal(array, expected)
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name], "nothing is left behind"
