@@ -148,7 +148,9 @@ def cells_of(artefact: dict, runs: dict[str, Result]) -> list[dict[str, Any]]:
     cells = []
     for data, field, column, metric, samples, marked in found:
         paper = paper_numbers(artefact["source"], column, field) if field else {}
-        only = next(iter(paper.values()), "") if artefact["metrics"] == [metric] == ["last"] else ""  # of Table 6: RAT
+        only = (
+            next(iter(paper.values()), "") if list(artefact["metrics"]) == [metric] == ["last"] else ""
+        )  # of Table 6: RAT
         number = paper.get(metric, only)
         cell = {"data": data, "column": column, "metric": metric, "scale": artefact["scale"]} | summary(samples)
         cells.append(cell | {"paper": number, "source": number and artefact["source"], "differs": number and marked})

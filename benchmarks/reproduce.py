@@ -32,11 +32,12 @@ from runner import ROOT, Execution, Job, run_all
 
 from common.harness import setup
 from common.harness.run import PACKAGES, RAT_WINDOW
-from common.harness.tasks import ADROIT, ANTMAZE, KITCHEN, LOCOMOTION, POINTMAZE, TASKS, with_domain_defaults
+from common.harness.tasks import ADROIT, ANTMAZE, KITCHEN, LOCOMOTION, TASKS, with_domain_defaults
 
 # ------------------------------------------------------------------------------------------------------- the artefacts
 
-PAPER_TASKS = tuple(name for name, task in TASKS.items() if task.environment.domain is not POINTMAZE)
+DOMAINS = (LOCOMOTION, ANTMAZE, ADROIT, KITCHEN)
+PAPER_TASKS = tuple(name for name in TASKS if name in PAPER[0])
 LOCOMOTION_TASKS = tuple(name for name in PAPER_TASKS if TASKS[name].environment.domain is LOCOMOTION)
 SEEDS = 5  # of the paper
 COLUMNS = {  # file of the algorithm, and its own flags
@@ -177,7 +178,7 @@ def find_data(choices: tuple[str, ...], tasks: tuple[str, ...]) -> list[Data]:
         elif choice == "local":
             found += [_of_dataset(dataset_id) for dataset_id in map(_local_dataset, tasks) if dataset_id]
         elif choice == "pointmaze":
-            found += [_of_task(name) for name in TASKS if name not in PAPER_TASKS]
+            found += [_of_task(name) for name in TASKS if name.startswith("pointmaze")]
         elif files:
             found += [_of_file(task, file) for task in tasks if (file := _d4rl_file(task, files))]
         else:
@@ -217,8 +218,16 @@ def _d4rl_file(task: str, files: list[Path]) -> Path | None:
 # ----------------------------------------------------------------------------------------------------------- planning
 
 # Arguments that decide no number, or only through others and the data, which are in the key themselves.
-NO_KEY = {"env_id", "dataset_id", "dataset_path", "preset", "run_dir", "track", "resume", "checkpoint_every"}
-DATA_CODE = ("tasks", "datasets", "d4rl", "environments", "pointmaze")  # of the harness, what decides numbers
+NO_KEY = {"env_id", "dataset_id", "dataset_path", "preset", "trust", "run_dir", "track", "resume", "checkpoint_every"}
+DATA_CODE = (
+    "tasks",
+    "datasets",
+    "d4rl",
+    "environments",
+    "pointmaze",
+    "ogbench",
+    "bandit",
+)  # of the harness, what decides numbers
 
 
 @functools.cache
@@ -243,9 +252,7 @@ def plan(flags: str, data_name: str, data_flags: tuple[tuple[str, str], ...], ar
     own += ["--num-updates", str(resolved.num_updates), "--eval-every", str(resolved.eval_every)]
 
     settings = {name: value for name, value in dataclasses.asdict(resolved).items() if name not in NO_KEY}
-    source = (
-        (task.d4rl_file,) if task.d4rl_file else tuple(get_dataset_path(each) / "data" for each in task.dataset_ids)
-    )
+    source = (task.file,) if task.file else tuple(get_dataset_path(each) / "data" for each in task.dataset_ids)
     versions = {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
     decides = [algorithm, settings, task.env_id, data_digest(source), versions, code_digest(algorithm)]
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
@@ -289,10 +296,10 @@ def code_digest(algorithm: str) -> str:
 
 def hyperparameters() -> tuple[list[str], list[list[str]]]:
     """Table 3: (heading, lines) of EDP's defaults and the paper's."""
-    module, domains = importlib.import_module("algorithms.edp_td3bc"), (LOCOMOTION, ANTMAZE, ADROIT, KITCHEN)
+    module = importlib.import_module("algorithms.edp_td3bc")
     rows = [row for row in PAPER if row["source"] == "Table 3"]
     heading = ["", *(name for row in rows for name in (row["metric"], f"{row['metric']}, paper"))]
-    defaults = {domain.name: with_domain_defaults(module.Args(), domain) for domain in domains}
+    defaults = {domain.name: with_domain_defaults(module.Args(), domain) for domain in DOMAINS}
     of = lambda name, args: [text for r in rows for text in (f"{getattr(args, r['metric']):g}", f"{float(r[name]):g}")]
     return heading, [[name, *of(name, args)] for name, args in defaults.items()]
 

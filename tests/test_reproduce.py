@@ -140,6 +140,14 @@ def test_a_domains_mean_has_the_papers_beside_it_only_when_all_its_tasks_are_the
         assert (mean["mean"], mean["paper"]) == (15.0 * (count - 1), paper)
 
 
+def test_table_6_has_the_papers_rat_beside_last_scores(tmp_path, write_run):
+    write_run("x", np.ones((2, 1, 1)))
+    row = {"data": "hopper-medium", "task": "hopper-medium", "runs": {"TD3+BC": "x"}, "differs": []}
+    changes = reproduce.ARTEFACTS["table6"]._asdict() | {"columns": {"TD3+BC": {"flags": "td3bc"}}}
+    text = report.write_report(tmp_path, "t", artefact_of(row) | changes, report.read_runs(tmp_path))
+    assert "| hopper-medium | 7.2 | 42.0 | 54.0* |" in text and "where the paper has RAT" in text
+
+
 def test_a_run_that_did_not_finish_leaves_its_cell_empty_and_is_named(tmp_path, write_run):
     write_run("x", np.ones((1, 1, 1)))  # ten updates of twenty
     row = {"data": "a", "task": None, "runs": {"EDP + IQL": "x"}, "differs": []}
