@@ -18,7 +18,7 @@ import pytest
 from helpers import ALGORITHMS, SCRIPTS, flags_of, record_hopper, rows_of, run_script, tiny
 
 from algorithms import bc, td3bc
-from common.harness import Evaluator, load_run
+from common.harness import Evaluator, Run, load_run
 from common.harness.checkpoint import CheckpointError, checkpoints, newest_header, save_checkpoint
 
 SHORT = {"num_updates": 12, "eval_every": 3, "dataset_id": "test/hopper/random-v0", "preset": "fast"}
@@ -114,6 +114,20 @@ def test_what_was_written_after_the_checkpoint_is_written_once(train, tmp_path):
         file.write_bytes(file.read_bytes()[:-4])
     train(td3bc, resume=str(tmp_path / "cut"))
     same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_evaluations(train, tmp_path, monkeypatch):
+    """Resident memory after 50 evaluations is within 5 % of that after 5."""
+    used, log = [], Run.log_evaluation
+
+    def measured(self, update, episodes):
+        log(self, update, episodes)
+        used.append(int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]))
+
+    monkeypatch.setattr(Run, "log_evaluation", measured)
+    train(td3bc, tmp_path / "run", num_updates=50, eval_every=1)
+    assert used[49] < 1.05 * used[4], used
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
