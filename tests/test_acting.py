@@ -1,11 +1,14 @@
-"""Finished runs, acting again: real tiny runs, evaluated as they were and otherwise."""
+"""Finished runs, acting again: real tiny runs, evaluated as they were and otherwise, or taken away in a file."""
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import acting
+import export
 import jax
 import numpy as np
 import pytest
@@ -144,3 +147,56 @@ def test_an_interrupted_evaluation_keeps_what_is_finished_and_says_so(runs, monk
     assert [row["num_eval_actions"] for row in rows_of(runs / "edp" / "acting.csv")] == ["1", "1"]
     (runs / "bc" / "acting.csv").mkdir()
     assert "Cannot write" in exit_sentence(acting.main, acting.Args((runs / "bc",)))
+
+
+ALONE = """
+import sys
+sys.path += sys.argv[1:]
+import importlib.util, pathlib
+assert not any(importlib.util.find_spec(name) for name in ("common", "algorithms"))
+import numpy as np
+from jax import export
+policy = export.deserialize(bytearray(pathlib.Path("policy.jax").read_bytes()))
+given = np.load("given.npz")
+np.save("action.npy", policy.call(given["obs"], given["seeds"], np.int32(7)))
+assert not {"common", "algorithms", "equinox"} & set(sys.modules)
+"""
+
+
+def test_an_exported_policy_acts_without_this_repository_as_it_does_in_it(runs, capsys):
+    """In a process without site-packages' .pth files, so that an editable installation does not bring it back."""
+    pytest.importorskip("flatbuffers", reason="requirements-dev.txt has it")
+    export.main(export.Args(runs / "edp", Path("policy.jax"), seed=4))
+    assert "edp_td3bc, update 2, seed 4" in capsys.readouterr().out
+    run, rng = acting.open_run(runs / "edp"), np.random.default_rng(0)
+    mean, std = run.header["normalization"]
+    obs = np.float32(rng.normal(mean, std, size=(6, 11)))
+    seeds = np.array([5, 5, 8, 9, 10, 2**32 - 1], np.uint32)
+    np.savez("given.npz", obs=obs, seeds=seeds)
+    packages = [path for path in sys.path if path.endswith("-packages")]
+    compiled_alike = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, "-I", "-S", "-c", ALONE, *packages]
+    subprocess.run(command, check=True, timeout=300, env=compiled_alike)
+    keys = jax.vmap(jax.vmap(jax.random.key))(np.stack([seeds, seeds]))
+    expected = run.act(np.stack([obs, obs]), keys, 7, run.args)[1]  # seeds 3 and 4
+    np.testing.assert_allclose(np.load("action.npy"), expected, atol=1e-5)
+    assert np.ptp(expected, axis=0).min() > 0.01, "it depends on what it is given"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        ("nothing", {}, "There is no run in .*nothing/"),
+        ("edp", {"seed": 5}, "edp/ has no seed 5; it has 3, 4."),
+        ("bc", {"file": Path("missing/policy.jax")}, "Cannot write missing/policy.jax: No such file"),
+    ],
+)
+def test_a_policy_that_cannot_be_exported_gets_one_sentence(runs, name, changes, sentence, exit_sentence):
+    args = export.Args(**{"run": runs / name, "file": Path("policy.jax")} | changes)
+    assert re.search(sentence, exit_sentence(export.main, args))
+
+
+def test_without_flatbuffers_export_says_what_to_install(runs, monkeypatch, exit_sentence):
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    monkeypatch.delitem(sys.modules, "jax._src.export.serialization", raising=False)
+    assert "pip install flatbuffers" in exit_sentence(export.main, export.Args(runs / "bc", Path("policy.jax")))

@@ -1,0 +1,51 @@
+"""The notebook runs from top to bottom, and what it says of its numbers and pictures holds."""
+
+import base64
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "docs" / "edp_in_ten_minutes.ipynb"
+
+
+def printed(notebook) -> str:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output.text for output in outputs if output.output_type == "stream")
+
+
+def check(notebook) -> None:
+    text = printed(notebook)
+    assert float(re.search(r"final score: ([\d.]+)", text)[1]) > 90
+    pays = {eta: float(share) for eta, share in re.findall(r"eta = (\d): ([\d.]+) %", text)}
+    assert pays["1"] > 90
+    assert 10 < pays["0"] < 40, "one mode of four"
+
+
+def test_the_notebook_runs_and_its_policy_finds_the_mode_that_pays(monkeypatch):
+    nbformat = pytest.importorskip("nbformat", reason="nbclient of requirements-dev.txt brings it")
+    nbclient = pytest.importorskip("nbclient", reason="requirements-dev.txt has it")
+    pytest.importorskip("ipykernel", reason="requirements-dev.txt has it")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        cell.pop("outputs", None)
+        if cell.cell_type == "code":
+            cell.outputs = []
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    check(notebook)
+
+
+def test_the_outputs_that_are_kept_are_small_and_those_of_such_a_run():
+    nbformat = pytest.importorskip("nbformat", reason="nbclient of requirements-dev.txt brings it")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    check(notebook)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    pictures = [
+        base64.b64decode(output.data["image/png"]) for output in outputs if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) == 6
+    assert max(map(len, pictures)) < 60_000
