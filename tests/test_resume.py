@@ -264,11 +264,11 @@ def test_a_second_signal_and_one_before_the_run_leave_at_once(place):
     process = place.begin("twice")
     wait_for(lambda: (place.folder / "twice" / "metrics.csv").exists())  # compiling now
     process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     begun = time.monotonic()
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode in (130, -signal.SIGINT), output  # a shell's 130 both; the latter: it was leaving already
     assert "Traceback" not in output
     assert time.monotonic() - begun < 2
     for delay in (0.3, 1.0):  # during the imports
