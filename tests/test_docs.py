@@ -34,6 +34,7 @@ PAIRS = sorted(path.stem for path in (ROOT / "docs" / "side-by-side").glob("*-*.
 # ---------------------------------------------------------------------------------------------------------- commands
 
 NOT_RUN = {  # and why
+    "python benchmarks/bandit.py": "trains for a minute to draw; test_bandit and the notebook train the same",
     "python3 -m venv .venv && source .venv/bin/activate": "sets up an environment, as `make test` did for this one",
     "pip install -r requirements-dev.txt && python -m pytest -m 'not slow' -n 2 --dist loadfile": "these very tests",
     "cp algorithms/edp_td3bc.py algorithms/edp_mean_q.py": "the fixture `exercise` does it",

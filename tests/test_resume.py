@@ -202,6 +202,12 @@ def test_an_impossible_header_with_a_good_checksum_is_refused(checkpoint, change
 # ---------------------------------------------------------------------------------------------------------- processes
 
 
+def heed_signals():
+    """A test run that ignores a signal, as in the background of a shell, would hand that on to its children."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, made_pointmaze):
     """`place.start(*flags)` begins td3bc in a process of its own; `whole` is its run that nothing stopped."""
@@ -217,7 +223,7 @@ def place(tmp_path_factory, made_pointmaze):
         def start(*extra):
             command = [sys.executable, str(SCRIPTS / "td3bc.py"), *map(str, extra)]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            return subprocess.Popen(command, cwd=home, env=os.environ | env, **pipes)
+            return subprocess.Popen(command, cwd=home, env=os.environ | env, preexec_fn=heed_signals, **pipes)
 
         @classmethod
         def begin(cls, name):
