@@ -202,14 +202,20 @@ def test_an_impossible_header_with_a_good_checksum_is_refused(checkpoint, change
 # ---------------------------------------------------------------------------------------------------------- processes
 
 
-def heed_signals():
+@pytest.fixture(scope="module")
+def heeded_signals():
     """A test run that ignores a signal, as in the background of a shell, would hand that on to its children."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ignored = [number for number in numbers if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
         signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, made_pointmaze):
+def place(tmp_path_factory, made_pointmaze, heeded_signals):
     """`place.start(*flags)` begins td3bc in a process of its own; `whole` is its run that nothing stopped."""
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(made_pointmaze, home / "minari")
@@ -223,7 +229,7 @@ def place(tmp_path_factory, made_pointmaze):
         def start(*extra):
             command = [sys.executable, str(SCRIPTS / "td3bc.py"), *map(str, extra)]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            return subprocess.Popen(command, cwd=home, env=os.environ | env, preexec_fn=heed_signals, **pipes)
+            return subprocess.Popen(command, cwd=home, env=os.environ | env, **pipes)
 
         @classmethod
         def begin(cls, name):
