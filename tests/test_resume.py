@@ -282,7 +282,7 @@ def test_a_second_signal_and_one_before_the_run_leave_at_once(place):
     output, _ = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT), output  # a shell's 130 both; the latter: it was leaving already
     assert "Traceback" not in output
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 10, "compiling takes longer on a busy machine, where even this may take seconds"
     for delay in (0.3, 1.0):  # during the imports
         process = place.begin("early")
         time.sleep(delay)
