@@ -174,6 +174,7 @@ def test_no_damage_to_the_bytes_goes_unseen(checkpoint, count):
     [
         {"update": "3"},
         {"update": -1},
+        {"update": 1.5},
         {"dataset": []},
         {"dataset": {}},
         {"dataset": {"observation_dim": 10**30, "action_dim": 3}},
@@ -273,16 +274,15 @@ def test_a_signal_is_followed_by_a_save_and_the_command_that_goes_on(place, numb
 
 
 def test_a_second_signal_and_one_before_the_run_leave_at_once(place):
-    process = place.begin("twice")
-    wait_for(lambda: (place.folder / "twice" / "metrics.csv").exists())  # compiling now
+    process = place.start(*flags_of(num_updates=1000, batch_size=4096, run_dir="twice"))  # minutes for its one chunk
+    wait_for(lambda: (place.folder / "twice" / "metrics.csv").exists())
     process.send_signal(signal.SIGINT)
-    time.sleep(0.05)
+    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    begun = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT), output  # a shell's 130 both; the latter: it was leaving already
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 130
     assert "Traceback" not in output
-    assert time.monotonic() - begun < 10, "compiling takes longer on a busy machine, where even this may take seconds"
+    assert not checkpoints(place.folder / "twice")
     for delay in (0.3, 1.0):  # during the imports
         process = place.begin("early")
         time.sleep(delay)

@@ -81,7 +81,7 @@ def read_header(path: Path) -> tuple[dict, io.BytesIO]:
 def _header(path: Path, text: bytes) -> dict:
     try:
         header = json.loads(text)
-        if not (header["update"] >= 0 and isinstance(header["dataset"], dict)):
+        if type(header["update"]) is not int or header["update"] < 0 or not isinstance(header["dataset"], dict):
             raise ValueError("it does not say of which update and data it is")
         return header
     except (ValueError, KeyError, TypeError, RecursionError) as error:
