@@ -186,6 +186,7 @@ class Run:
             if len(returns) == num:
                 returns = np.reshape(returns, (len(self.seeds), -1))
                 self.scores[shown] = normalized_score(self.task.environment, returns).mean(axis=1)
+        process.waiting = not self.evaluation_due(update)
         rows["eval"] = rows["eval"][: 1 + num * len(self.scores)] or [["update", "seed", "episode", "return", "length"]]
         self.files, self.csv = {}, {}
         for name, table in rows.items():
@@ -198,7 +199,6 @@ class Run:
         total = self.args.num_updates
         self.bar = tqdm(total=total, initial=update, unit="update", smoothing=0.1, dynamic_ncols=True)
         self.saved_at, self.needed_space = time.monotonic(), MIN_SPACE
-        process.waiting = not self.evaluation_due(update)
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
