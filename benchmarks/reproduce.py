@@ -219,6 +219,7 @@ def _d4rl_file(task: str, files: list[Path]) -> Path | None:
 
 # Arguments that decide no number, or only through others and the data, which are in the key themselves.
 NO_KEY = {"env_id", "dataset_id", "dataset_path", "preset", "trust", "run_dir", "track", "resume", "checkpoint_every"}
+NO_KEY |= {"capture_video"}
 DATA_CODE = (
     "tasks",
     "datasets",
