@@ -105,7 +105,7 @@ class Args:
 
     # Diffusion
     num_diffusion_steps: Positive[int] = 100
-    """K"""
+    """K; in bandit, for DDPM, 5 with --beta-schedule vp"""
     beta_schedule: ScheduleName = "linear"
     """noise schedule; "vp" for few steps"""
     prediction: Prediction = "noise"

@@ -106,7 +106,7 @@ class Args:
 
     # Diffusion
     num_diffusion_steps: Positive[int] = 1000
-    """K"""
+    """K; in bandit, for DDPM, 5 with --beta-schedule vp"""
     beta_schedule: ScheduleName = "linear"
     """noise schedule; "vp" for few steps"""
     prediction: Prediction = "noise"
