@@ -85,6 +85,27 @@ def test_an_evaluation_is_a_function_of_seed_and_update_alone():
     np.testing.assert_array_equal(alone.lengths[0], first.lengths[1, :2])
 
 
+def test_a_filmed_evaluation_is_the_same_and_its_video_shows_every_step(tmp_path):
+    """Of the first seed's first episode, decoded picture by picture."""
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="moviepy of requirements-dev.txt brings it")
+    small = HOPPER._replace(kwargs={"width": 64, "height": 64})
+    try:
+        environments.check_camera(small)
+    except SystemExit as error:
+        pytest.skip(error.code)
+    plain, filmed = Evaluator(small, [0, 1], 2), Evaluator(small, [0, 1], 2, tmp_path / "videos")
+    for update in (10, 20):
+        expected, episodes = (evaluate(wild_policy, update) for evaluate in (plain, filmed))
+        np.testing.assert_array_equal(episodes.returns, expected.returns)
+        np.testing.assert_array_equal(episodes.lengths, expected.lengths)
+        decode = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(tmp_path / "videos" / f"update-{update}.mp4")]
+        decode += ["-f", "rawvideo", "-pix_fmt", "gray", "-"]
+        pictures = np.frombuffer(subprocess.run(decode, capture_output=True, check=True).stdout, np.uint8)
+        pictures = pictures.reshape(episodes.lengths[0, 0] + 1, 64 * 64)
+        assert pictures.std(axis=1).min() > 10, "none is of one colour"
+        assert len(np.unique(pictures, axis=0)) > len(pictures) / 2, "they move"
+
+
 # ----------------------------------------------------------------------------------------------------- protocols
 
 

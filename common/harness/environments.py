@@ -202,9 +202,16 @@ class Video(gymnasium.wrappers.RecordVideo):
         pass
 
 
+def close_camera(env: gymnasium.Env) -> None:
+    """While the libraries that draw are still loaded; OGBench's arms forget their renderer."""
+    env.close()
+    if hasattr(env.unwrapped, "_renderer"):
+        env.unwrapped._renderer.close()
+
+
 def check_camera(environment: Environment) -> None:
     """Draws one picture, by EGL if no other way is named. Exits with the remedy if there can be no video here."""
-    if "rgb_array" not in make_env(environment).metadata.get("render_modes", ()):
+    if type(make_env(environment).unwrapped).render is gymnasium.Env.render:
         raise SystemExit("The environment of this task cannot be drawn: leave --capture-video out.")
     try:
         import moviepy  # noqa: F401
@@ -218,7 +225,7 @@ def check_camera(environment: Environment) -> None:
             env = make_env(environment, render_mode="rgb_array")
             env.reset(seed=0)
             env.render()
-            env.close()
+            close_camera(env)
     except Exception as error:
         raise SystemExit(
             f"--capture-video cannot draw here ({' '.join(str(error).split())}): {NO_PICTURES}, or leave it out."
@@ -254,7 +261,8 @@ class Evaluator:
         if self.videos is not None:  # a model of its own, whose picture shows its own goal
             with _quietly():  # a resumed run's folder is there
                 camera = make_env(self.environment, render_mode="rgb_array")
-                atexit.register(camera.close)  # later its libraries are gone
+                camera.unwrapped.render_mode = "rgb_array"  # OGBench's arms forget it
+                atexit.register(close_camera, camera)
                 envs[0][0] = Video(camera, str(self.videos), episode_trigger=lambda episode: False)
         return envs
 
