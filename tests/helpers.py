@@ -48,14 +48,15 @@ def tiny(algorithm: str) -> dict:
 
 
 def fields_of(algorithm: str) -> dict[str, str]:
-    """Each field of `Args` with the docstring under it, from the source."""
-    tree = ast.parse((SCRIPTS / f"{algorithm}.py").read_text())
-    (args,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    """Each field of `Args` with its text, the comment after it or the docstring under it, from the source."""
+    source = (SCRIPTS / f"{algorithm}.py").read_text()
+    (args,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args")
     fields = {}
-    for field, text in zip(args.body, [*args.body[1:], None]):
+    for field, below in zip(args.body, [*args.body[1:], None]):
         if isinstance(field, ast.AnnAssign):
-            assert isinstance(text, ast.Expr), f"{field.target.id} has no docstring"
-            fields[field.target.id] = ast.literal_eval(text.value)
+            comment = source.splitlines()[field.end_lineno - 1].partition("  # ")[2]
+            assert comment or isinstance(below, ast.Expr), f"{field.target.id} is not explained"
+            fields[field.target.id] = comment or ast.literal_eval(below.value)
     return fields
 
 
