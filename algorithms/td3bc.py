@@ -20,6 +20,7 @@ All differences from the paper and from the official code are in docs/difference
 # ------------------------------------------------------------------------------------------------------ imports
 import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -42,6 +43,7 @@ class Args:
     """Flags whose default is None take the value that their text names; all are shown at the start of the run."""
 
     # Experiment
+    exp_name: str = Path(__file__).stem  # the run's name in its folder's
     env_id: str = "pointmaze-umaze"
     """the task, one of `python -m common.harness.tasks` or of OGBench (cube-single-play-singletask-v0, ...)"""
     dataset_id: str | None = None  # any Minari dataset, remote or local; its own environment then replaces --env-id
@@ -57,7 +59,7 @@ class Args:
     num_seeds: Positive[int] = 1  # seeds trained together in one program: seed, seed + 1, ...
     resume: str | None = None  # go on with the run in this folder; --num-updates may be larger than it was
     checkpoint_every: Positive[float] = 10.0  # minutes between checkpoints, besides those at evaluations
-    run_dir: str | None = None  # where to write; by default runs/<env-id>__<algorithm>__<seed>__<time>
+    run_dir: str | None = None  # where to write; by default runs/<env-id>__<exp-name>__<seed>__<time>
     track: bool = False  # log to Weights & Biases as well
 
     # Evaluation

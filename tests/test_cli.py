@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import get_type_hints
 
@@ -235,18 +234,29 @@ def test_every_seed_update_and_episode_acts_by_a_key_of_its_own(tmp_path):
     np.testing.assert_array_equal(np.array(data[0])[:, 1, :2], np.array(data[1])[:, 0])
 
 
-def test_tracking_follows_tensorboard_from_before_its_first_file(tmp_path, monkeypatch):
-    calls = []
-    tracker = types.SimpleNamespace(finish=lambda: calls.append("finish"))
-    start = lambda **settings: calls.append((settings, (tmp_path / "run" / "tensorboard").exists())) or tracker
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=start))
-    with begin(tmp_path / "run", track=True) as run:
-        pass
-    (settings, existed), *after = calls
-    assert settings["sync_tensorboard"]
-    assert settings["config"] == dataclasses.asdict(run.args)
-    assert not existed
-    assert after == ["finish"]
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_each_seed_is_tracked_by_a_run_of_its_own_which_resume_goes_on_with(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="Weights & Biases is an optional install")
+    settings = {"MODE": "offline", "DIR": str(tmp_path), "PROJECT": "mine", "ENTITY": "us", "SILENT": "true"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    ids = []
+    for change in {}, {"resume": str(tmp_path / "run")}:
+        with begin(tmp_path / "run", seed=5, track=True, **change) as run:
+            run.log_metrics(10, {"policy_loss": jnp.array([[1.0, 2.0]])})
+            ids.append([tracker.id for tracker in run.trackers])
+            for tracker, seed, loss in zip(run.trackers, (5, 6), (1, 2), strict=True):
+                assert (tracker.project, tracker.entity, tracker.group) == ("mine", "us", "run")
+                assert tracker.config.as_dict() == {
+                    "algorithm": "edp_td3bc",
+                    **dataclasses.asdict(run.args),
+                    "seed": seed,
+                }
+                logged = dict(tracker.summary)
+                assert (logged["update"], logged["train/policy_loss"]) == (10, loss)
+                assert logged["charts/updates_per_second"] > 0
+    assert ids[0] == ids[1]
+    assert len(set(ids[0])) == 2
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
