@@ -152,6 +152,8 @@ def _ensure_local(dataset_id: str) -> str:
         print(f"Downloading {dataset_id} from {remote}, {size or '?'} MB, into {path} ...", flush=True)
         with _staged(path, float(size or 0)), patch.dict(os.environ, MINARI_REMOTE=remote):  # also of its namespace
             minari.download_dataset(dataset_id)
+    except ImportError:  # of Google's client
+        raise SystemExit(f"{remote} needs a package: `pip install google-cloud-storage` first.") from None
     except Exception as error:  # the client's classes differ from version to version
         raise SystemExit(
             f"Dataset {dataset_id} is not on this machine and could not be downloaded from {remote} "
