@@ -124,7 +124,7 @@ class Run:
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": python_version()},
             "git_commit": git_commit(),
             "device": jax.devices()[0].device_kind,
-            "id": secrets.token_hex(4),
+            "id": secrets.token_hex(4),  # the run's, wherever its folder goes
             "update": 0,
         }
         try:
@@ -179,18 +179,18 @@ class Run:
 
     def _start_wandb(self) -> list:
         """For each seed a run of Weights & Biases, in a group; --resume goes on with the same ones."""
-        try:
-            import wandb
-        except ImportError:
-            raise SystemExit("--track logs to Weights & Biases: `pip install wandb` first, or leave it out.") from None
         group, project, runs = self.folder.name, os.environ.get("WANDB_PROJECT", "edp"), []
         settings = {"project": project, "group": group, "resume": "allow", "reinit": "create_new"}
         config = {"algorithm": self.algorithm} | dataclasses.asdict(self.args)
         try:
+            import wandb
+
             for seed in self.seeds:
                 of_seed = {"name": f"{group}__seed_{seed}", "id": f"{self.header['id']}-{seed}"}
                 runs.append(wandb.init(**settings, **of_seed, config=config | {"seed": seed}))
                 runs[-1].define_metric("*", step_metric="update")
+        except ImportError:
+            raise SystemExit("--track logs to Weights & Biases: `pip install wandb` first, or leave it out.") from None
         except wandb.Error as error:
             raise SystemExit(f"Weights & Biases cannot be used: {str(error).rstrip('.')}.") from None
         return runs
