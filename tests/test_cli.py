@@ -120,7 +120,7 @@ def test_pictures_and_tensorboard_show_something(finished):
         assert np.ptp(picture[..., :3]) > 0.5
     for seed in (0, 1):
         (events,) = (folder / "tensorboard" / f"seed_{seed}").iterdir()
-        for name in (b"train/policy_loss", b"eval/score", b"eval/return", b"eval/length"):
+        for name in (b"charts/updates_per_second", b"train/policy_loss", b"eval/score", b"eval/return", b"eval/length"):
             assert name in events.read_bytes()
 
 
