@@ -65,6 +65,7 @@ class Args:
     checkpoint_every: Positive[float] = 10.0  # minutes between checkpoints, besides those at evaluations
     run_dir: str | None = None  # where to write; by default runs/<env-id>__<exp-name>__<seed>__<time>
     track: bool = False  # log to Weights & Biases as well
+    capture_video: bool = False  # an MP4 of an episode of each evaluation, in the run's folder videos/
 
     # Evaluation
     eval_every: Positive[int] | None = None
@@ -295,7 +296,7 @@ def train(args: Args) -> dict:
         obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
         init = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))
         state, start = run.restore(run.to_devices(init(init_keys), over_seeds=True))
-        evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes)
+        evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes, run.videos)
         for update in range(start, args.num_updates + 1, run.chunk):
             if update > start:
                 state, metrics = train_chunk(state, update, train_keys, dataset, args, run.chunk)

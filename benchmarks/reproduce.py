@@ -218,8 +218,8 @@ def _d4rl_file(task: str, files: list[Path]) -> Path | None:
 # ----------------------------------------------------------------------------------------------------------- planning
 
 # Arguments that decide no number, or only through others and the data, which are in the key themselves.
-NO_KEY = {"env_id", "dataset_id", "dataset_path", "preset", "trust"}
-NO_KEY |= {"exp_name", "run_dir", "track", "resume", "checkpoint_every"}
+NO_KEY = {"env_id", "dataset_id", "dataset_path", "preset", "trust", "exp_name", "run_dir", "track", "capture_video"}
+NO_KEY |= {"resume", "checkpoint_every"}
 DATA_CODE = (
     "tasks",
     "datasets",

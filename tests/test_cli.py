@@ -24,9 +24,10 @@ from helpers import ALGORITHMS, SCRIPTS, TINY, fields_of, flags_of, record_hoppe
 
 from algorithms import edp_td3bc, td3bc
 from common.harness import Behaviour, Evaluator, Run, load_run
+from common.harness.environments import check_camera
 from common.harness.flags import check_flags
 from common.harness.records import Episodes
-from common.harness.tasks import TASKS
+from common.harness.tasks import ENVIRONMENTS, TASKS
 
 
 def module_of(algorithm: str):
@@ -271,6 +272,7 @@ def test_each_seed_is_tracked_by_a_run_of_its_own_which_resume_goes_on_with(tmp_
         ({"num_updates": 10, "eval_every": 20}, ["--num-updates 10", "--eval-every 20"]),
         ({"gamma": 2.0}, ["--gamma", "2.0"]),
         ({"seed": 3_000_000_000}, ["--seed"]),
+        ({"env_id": "bandit", "capture_video": True}, ["cannot be drawn", "--capture-video"]),
     ],
     ids=str,
 )
@@ -328,6 +330,19 @@ def test_a_run_directory_that_cannot_be_written_to_is_refused(tmp_path, place, e
 def test_tracking_without_wandb_exits_with_the_remedy(tmp_path, monkeypatch, exit_sentence):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "pip install wandb" in exit_sentence(begin, tmp_path / "run", track=True)
+
+
+def test_a_video_that_cannot_be_made_is_refused_with_the_remedy(tmp_path, monkeypatch, exit_sentence):
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    assert "pip install moviepy" in exit_sentence(check_camera, ENVIRONMENTS["Hopper"])
+    monkeypatch.setitem(sys.modules, "moviepy", types.ModuleType("moviepy"))
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.setenv("MUJOCO_GL", "glfw")  # which needs a display
+    sentence = exit_sentence(check_camera, ENVIRONMENTS["Hopper"])
+    assert all(part in sentence for part in ("MUJOCO_GL=egl", "libegl1", "MUJOCO_GL=osmesa", "libosmesa6"))
+    process = run_script("bc", "--help", cwd=tmp_path, MUJOCO_GL="wrong")
+    assert process.returncode == 1
+    assert re.fullmatch(r"MuJoCo cannot draw by MUJOCO_GL=wrong .*\n", process.stderr)
 
 
 def test_a_refusal_is_one_sentence_on_stderr(tmp_path):

@@ -97,7 +97,7 @@ def test_every_flag_is_used(algorithm):
     text, harness = text_of(algorithm), (SCRIPTS.parent / "common" / "harness").glob("*.py")
     harness = "".join(file.read_text() for file in harness)
     of_every_run = {"seed", "num_seeds", "run_dir", "resume", "checkpoint_every", "eval_every", "track", "preset"}
-    of_every_run |= {"env_id", "dataset_id", "dataset_path", "trust", "exp_name"}
+    of_every_run |= {"env_id", "dataset_id", "dataset_path", "trust", "exp_name", "capture_video"}
     for name in importlib.import_module(f"algorithms.{algorithm}").Args.__dataclass_fields__:
         assert re.search(rf"\bargs\.{name}\b", harness if name in of_every_run else text), name
 

@@ -4,9 +4,13 @@ Data name the environment that they were made in, by a path to code. Only that o
 and of packages that the user trusts is ever imported.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import importlib
 import io
+import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -15,13 +19,19 @@ from pathlib import Path
 from unittest.mock import patch
 
 import gymnasium
-import mujoco
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from jaxtyping import Array
 
 from common.harness.records import Episodes
 from common.harness.tasks import OTHER, TASKS, Environment, Task
+
+NO_PICTURES = "install Debian's libegl1 and set MUJOCO_GL=egl, or libosmesa6 and MUJOCO_GL=osmesa"
+try:
+    import mujoco
+except (ImportError, AttributeError, RuntimeError):
+    way = os.environ.get("MUJOCO_GL", "")
+    raise SystemExit(f"MuJoCo cannot draw by MUJOCO_GL={way} here: unset it, or {NO_PICTURES}.") from None
 
 TRUSTED = ("gymnasium", "gymnasium_robotics", "ogbench")
 MAX_STEPS = 10_000  # a longer episode is one to record in: its evaluation would not end
@@ -167,9 +177,9 @@ class Protocol(gymnasium.Wrapper):
         return obs, reward, terminated, truncated, info
 
 
-def make_env(environment: Environment) -> gymnasium.Env:
+def make_env(environment: Environment, **options) -> gymnasium.Env:
     """One evaluation environment that takes actions in [-1, 1] and returns flat observations."""
-    env = make_gym_env(environment.gym_id, **environment.kwargs, max_episode_steps=environment.max_steps)
+    env = make_gym_env(environment.gym_id, **environment.kwargs, max_episode_steps=environment.max_steps, **options)
     env, keys = Protocol(env, environment), environment.obs_keys
     space = env.observation_space
     if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
@@ -185,15 +195,46 @@ def make_env(environment: Environment) -> gymnasium.Env:
         return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
+class Video(gymnasium.wrappers.RecordVideo):
+    """Of an episode that was not played to its end nothing is left, and nothing said."""
+
+    def __del__(self):
+        pass
+
+
+def check_camera(environment: Environment) -> None:
+    """Draws one picture, by EGL if no other way is named. Exits with the remedy if there can be no video here."""
+    if "rgb_array" not in make_env(environment).metadata.get("render_modes", ()):
+        raise SystemExit("The environment of this task cannot be drawn: leave --capture-video out.")
+    try:
+        import moviepy  # noqa: F401
+    except ImportError:
+        raise SystemExit("--capture-video needs MoviePy: `pip install moviepy` first, or leave it out.") from None
+    try:
+        if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & set(os.environ):
+            os.environ["MUJOCO_GL"] = "egl"
+            importlib.reload(mujoco.gl_context)  # which has read it before
+        with _quietly():
+            env = make_env(environment, render_mode="rgb_array")
+            env.reset(seed=0)
+            env.render()
+            env.close()
+    except Exception as error:
+        raise SystemExit(
+            f"--capture-video cannot draw here ({' '.join(str(error).split())}): {NO_PICTURES}, or leave it out."
+        ) from None
+
+
 class Evaluator:
     """Copies of an environment for a batch of seeds, kept for the whole run.
 
     Every copy plays one episode and is then left alone, so there is no automatic reset to get wrong. A copy's start
-    depends on (seed, update, episode) only: seeds trained together see what each would see alone.
+    depends on (seed, update, episode) only: seeds trained together see what each would see alone. The first copy's
+    episodes become videos in the folder `videos`, if there is one.
     """
 
-    def __init__(self, environment: Environment, seeds: list[int], num_episodes: int):
-        self.environment, self.seeds, self.num_episodes = environment, seeds, num_episodes
+    def __init__(self, environment: Environment, seeds: list[int], num_episodes: int, videos: Path | None = None):
+        self.environment, self.seeds, self.num_episodes, self.videos = environment, seeds, num_episodes, videos
 
     @cached_property
     def envs(self) -> list[list[gymnasium.Env]]:
@@ -209,7 +250,13 @@ class Evaluator:
 
         is_maze = self.environment.cells is not None
         with patch.object(mujoco.MjModel, "from_xml_path", load_once) if is_maze else contextlib.nullcontext():
-            return [[make_env(self.environment) for _ in range(self.num_episodes)] for _ in self.seeds]
+            envs = [[make_env(self.environment) for _ in range(self.num_episodes)] for _ in self.seeds]
+        if self.videos is not None:  # a model of its own, whose picture shows its own goal
+            with _quietly():  # a resumed run's folder is there
+                camera = make_env(self.environment, render_mode="rgb_array")
+                atexit.register(camera.close)  # later its libraries are gone
+                envs[0][0] = Video(camera, str(self.videos), episode_trigger=lambda episode: False)
+        return envs
 
     def __call__(self, act: Callable[..., Array], update: int) -> Episodes:
         """`act(obs, step)` maps (seeds, episodes, obs_dim) at a step of the episodes to actions in [-1, 1].
@@ -227,7 +274,10 @@ class Evaluator:
         )
         returns, lengths = np.zeros(shape), np.zeros(shape, int)
         paths = [[] for _ in range(self.num_episodes)]
-        running, step = list(np.ndindex(shape)), 0
+        running, step, video = list(np.ndindex(shape)), 0, self.envs[0][0] if self.videos else None
+        if video:
+            video.start_recording(f"update-{update}")
+            video.recorded_frames.append(video.render())
         while running:
             action = np.asarray(act(obs, step))
             still_running = []
@@ -245,6 +295,8 @@ class Evaluator:
                 if not (terminated or truncated):
                     still_running.append((i, j))
             running, step = still_running, step + 1
+        if video:
+            video.stop_recording()
         paths = [np.array([*path, last[:2]]) for path, last in zip(paths, obs[0])]
         is_maze = self.environment.cells is not None
         return Episodes(returns, lengths, paths if is_maze else [], self.envs[0][0].unwrapped.maze if is_maze else None)

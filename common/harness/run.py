@@ -10,6 +10,7 @@ runs/<env-id>__<exp-name>__<seed>__<time>/
     checkpoint-*.eqx     the training state of all seeds after the updates named: the last two
     learning_curve.png   score against updates
     paths.png            mazes only: the policy's evaluation paths
+    videos/              with --capture-video: of each evaluation, the first seed's first episode
 """
 
 import contextlib
@@ -59,7 +60,7 @@ MIN_CHUNK, MAX_CHUNK = 100, 1000  # updates between two signs of life
 RAT_WINDOW = 10  # evaluations in the running average at training
 MAX_BOARDS = 32  # seeds in TensorBoard, which opens three files for each; the CSV files hold all
 MIN_SPACE = 2**24  # bytes that the folder's file system has left
-FREE = ("num_updates", "checkpoint_every", "trust")  # what --resume may change
+FREE = ("num_updates", "checkpoint_every", "trust", "capture_video")  # what --resume may change
 
 
 # ------------------------------------------------------------------------------------------------------- devices
@@ -132,6 +133,7 @@ class Run:
         except OSError as error:
             raise SystemExit(f"Cannot write to the run directory: {error}.") from None
         self.trackers = self._start_wandb() if args.track else []
+        self.videos = self.folder / "videos" if args.capture_video else None
         print(f"{self.algorithm} on {task.env_id} ({task.environment.domain.name} defaults), files in {self.folder}/")
         print(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(args).items()), flush=True)
 
@@ -241,7 +243,7 @@ class Run:
             print(f"Stopped after update {self.header['update']}. To go on: {command}", file=sys.stderr)
         if isinstance(error, OSError):
             raise SystemExit(
-                f"Cannot write to {self.folder}/: {error.strerror}. All that was saved, up to update "
+                f"Cannot write to {self.folder}/: {error.strerror or 'a video'}. All that was saved, up to update "
                 f"{self.header['update']}, is good. To go on from there: {command}"
             ) from None
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
