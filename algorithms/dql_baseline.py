@@ -277,9 +277,8 @@ def train(args: Args) -> dict:
                 run.log_metrics(update, metrics)
                 run.save(update, state)
             if run.evaluation_due(update):
-                keys = run.episode_keys(act_keys, update)
-                policy = lambda obs, step: act(state, (obs - mean) / std, keys, step, args)
-                run.log_evaluation(update, evaluate(policy, update))
+                policy = lambda obs, keys, step: act(state, (obs - mean) / std, keys, step, args)
+                run.log_evaluation(update, evaluate(policy, run.episode_keys(act_keys, update), update))
         return run.finish()
 
 

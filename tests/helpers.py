@@ -18,7 +18,8 @@ import pytest
 from minari.data_collector import EpisodeBuffer
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from common.harness import Dataset
+from common.harness import Dataset, Evaluator
+from common.harness.records import Episodes
 
 SCRIPTS = Path(__file__).parents[1] / "algorithms"
 ALGORITHMS = ("edp_td3bc", "edp_crr", "edp_iql", "dql_baseline", "td3bc", "crr", "iql", "bc")
@@ -68,6 +69,12 @@ def run_script(algorithm: str, *flags, cwd, **env) -> subprocess.CompletedProces
     command = [sys.executable, str(SCRIPTS / f"{algorithm}.py"), *map(str, flags)]
     env = os.environ | {"HOME": str(cwd), "COLUMNS": "300"} | env
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def evaluated(evaluate: Evaluator, act, update: int) -> Episodes:
+    """The evaluation of a policy `act(obs, step)` that draws nothing."""
+    keys = jax.random.split(jax.random.key(0), (len(evaluate.seeds), evaluate.num_episodes))
+    return evaluate(lambda obs, keys, step: act(obs, step), keys, update)
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:

@@ -164,10 +164,10 @@ def test_oms_and_rat_are_the_best_and_the_last_ten_evaluations_of_each_seed(hopp
 
 
 def test_an_interrupted_run_keeps_what_it_has_and_says_how_to_go_on(hopper_args, tmp_path, monkeypatch, capsys):
-    def interrupted(self, policy, update):
+    def interrupted(self, policy, keys, update):
         if update == 3:
             raise KeyboardInterrupt
-        return evaluate(self, policy, update)
+        return evaluate(self, policy, keys, update)
 
     evaluate = Evaluator.__call__
     monkeypatch.setattr(Evaluator, "__call__", interrupted)

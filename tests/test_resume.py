@@ -44,10 +44,10 @@ def train(datasets, tmp_path, monkeypatch, quick_compilation):
     evaluate = Evaluator.__call__
 
     def call(module, folder="", stop=0, **changes):
-        def evaluations(self, policy, update):
+        def evaluations(self, policy, keys, update):
             if update == stop:
                 raise KeyboardInterrupt
-            return evaluate(self, policy, update)
+            return evaluate(self, policy, keys, update)
 
         monkeypatch.setattr(Evaluator, "__call__", evaluations)
         given = changes if "resume" in changes else tiny(module.__name__.split(".")[1]) | SHORT | changes
