@@ -76,7 +76,7 @@ class Args:
     max_grad_norm: Positive[float] = 5.0  # gradient-norm clip (Table 3)
 
     # Diffusion
-    num_diffusion_steps: Positive[int] = 1000  # K
+    num_diffusion_steps: Positive[int] = 1000  # K; in bandit, for DDPM, 5 with --beta-schedule vp
     beta_schedule: ScheduleName = "linear"  # noise schedule; "vp" for few steps
     prediction: Prediction = "noise"
     """what the network predicts: the noise in a^k, as the paper, or the clean action a^0"""

@@ -90,7 +90,7 @@ class Args:
     """layer normalisation in the value networks, as RLPD (Ball et al. 2023) and ReBRAC (Tarasov et al. 2023) advise"""
 
     # Diffusion
-    num_diffusion_steps: Positive[int] = 1000  # K
+    num_diffusion_steps: Positive[int] = 1000  # K; in bandit, for DDPM, 5 with --beta-schedule vp
     beta_schedule: ScheduleName = "linear"  # noise schedule; "vp" for few steps
     prediction: Prediction = "noise"
     """what the network predicts: the noise in a^k, as the paper, or the clean action a^0"""
