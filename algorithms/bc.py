@@ -69,7 +69,7 @@ class Args:
 
     # Optimisation
     num_updates: Positive[int] | None = None
-    """gradient updates: 2,000,000 in locomotion, 3,000 in pointmaze, 500 in bandit, else 1,000,000"""
+    """gradient updates: 2,000,000 in locomotion, 3,000 in pointmaze, 400 in bandit, else 1,000,000"""
     batch_size: Positive[int] = 256  # transitions of an update
     learning_rate: Positive[float] = 3e-4  # Adam's (D20)
     lr_decay: bool = False  # cosine decay of the learning rate to 0

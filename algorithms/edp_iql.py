@@ -78,7 +78,7 @@ class Args:
 
     # Optimisation
     num_updates: Positive[int] | None = None
-    """gradient updates: 2,000,000 in locomotion, 3,000 in pointmaze, 500 in bandit, else 1,000,000"""
+    """gradient updates: 2,000,000 in locomotion, 3,000 in pointmaze, 400 in bandit, else 1,000,000"""
     batch_size: Positive[int] = 256  # transitions of an update
     learning_rate: Positive[float] | None = None
     """Adam's, for all networks: 3e-4; in adroit 3e-5 (Table 3), in bandit 3e-3"""

@@ -43,7 +43,7 @@ def test_the_table_holds_the_papers_twenty_tasks_the_other_hands_simple_sets_thr
         (ADROIT, (3e-5, 0.1, 1_000_000, "normalize", "normalize", 0.7, 1 / 0.5, 10_000, 10, "paper")),
         (KITCHEN, (3e-4, 0.005, 1_000_000, "normalize", "normalize", 0.7, 1 / 0.5, 10_000, 10, "paper")),
         (POINTMAZE, (3e-4, 1.0, 3_000, "cql_antmaze", "iql_antmaze", 0.9, 1 / 10, 1_000, 100, "fast")),
-        (["bandit"], (3e-3, 1.0, 500, "cql_antmaze", "cql_antmaze", 0.9, 1 / 10, 100, 100, "fast")),
+        (["bandit"], (3e-3, 1.0, 400, "cql_antmaze", "cql_antmaze", 0.9, 1 / 10, 100, 100, "fast")),
     ],
 )
 def test_hyperparameters_of_the_domains(env_ids, expected):

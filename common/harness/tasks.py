@@ -49,7 +49,7 @@ POINTMAZE = ANTMAZE._replace(name="pointmaze", num_updates=3_000, eval_every=1_0
 # the same; eta is the paper's usual one.
 OGBENCH = Domain("ogbench", 3e-4, 1.0, 1_000_000, "none", "none", 0.9, 1 / 10, eval_every=100_000, eval_episodes=50)
 BANDIT = POINTMAZE._replace(
-    name="bandit", learning_rate=3e-3, iql_reward_rule="cql_antmaze", num_updates=500, eval_every=100
+    name="bandit", learning_rate=3e-3, iql_reward_rule="cql_antmaze", num_updates=400, eval_every=100
 )
 OTHER = LOCOMOTION._replace(name="other", iql_reward_rule="none")
 
