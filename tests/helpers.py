@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -67,6 +68,14 @@ def run_script(algorithm: str, *flags, cwd, **env) -> subprocess.CompletedProces
     command = [sys.executable, str(SCRIPTS / f"{algorithm}.py"), *map(str, flags)]
     env = os.environ | {"HOME": str(cwd), "COLUMNS": "300"} | env
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def fill(disk: Path, free: int) -> Path:
+    """A file that leaves `free` bytes of the disk."""
+    ballast = disk / "ballast"
+    ballast.unlink(missing_ok=True)
+    ballast.write_bytes(bytes(shutil.disk_usage(disk).free - free))
+    return ballast
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:

@@ -36,6 +36,7 @@ from common.harness.environments import (
     make_env,
     make_gym_env,
     observation_parts,
+    reason_of,
     refuse_untrusted,
     task_of_dataset,
 )
@@ -155,7 +156,7 @@ def _ensure_local(dataset_id: str) -> str:
     except Exception as error:  # the client's classes differ from version to version
         raise SystemExit(
             f"Dataset {dataset_id} is not on this machine and could not be downloaded from {remote} "
-            f"({_reason(error)}). {help_text}"
+            f"({reason_of(error)}). {help_text}"
         ) from None
     return dataset_id
 
@@ -178,13 +179,14 @@ def _staged(path: Path, megabytes: float) -> Iterator[None]:
     for folder in root.glob(".making-*"):  # of a run that was killed
         if time.time() - folder.stat().st_mtime > OLD:
             shutil.rmtree(folder, ignore_errors=True)
-    free = shutil.disk_usage(root).free / 1e6
-    if free < 1.1 * megabytes:
-        raise SystemExit(f"{root} has {free:.0f} MB left, and {megabytes:.0f} are needed; set MINARI_DATASETS_PATH.")
     try:
+        with tempfile.TemporaryFile(dir=root) as file:  # without the space, or at a quota, HDF5 would crash
+            os.posix_fallocate(file.fileno(), 0, 1 + int(1.1e6 * megabytes))
         temporary = tempfile.TemporaryDirectory(dir=root, prefix=".making-")
     except OSError as error:
-        raise SystemExit(f"Cannot write datasets to {root} ({error.strerror}); set MINARI_DATASETS_PATH.") from None
+        raise SystemExit(
+            f"Cannot write {megabytes or '?'} MB of datasets to {root} ({error.strerror}); set MINARI_DATASETS_PATH."
+        ) from None
     with temporary as folder:
         with patch.dict(os.environ, MINARI_DATASETS_PATH=folder):
             yield
@@ -262,7 +264,7 @@ def _refusing_damage(name: str, remedy: str = "remove it and download or make it
     try:
         yield
     except Exception as error:
-        reason = _reason(error)
+        reason = reason_of(error)
         if isinstance(error, BlockingIOError):
             advice = f"is open elsewhere ({reason}): wait, or set HDF5_USE_FILE_LOCKING=FALSE"
         elif "does not support" in reason:  # of a later Minari
@@ -272,10 +274,6 @@ def _refusing_damage(name: str, remedy: str = "remove it and download or make it
         else:
             advice = f"cannot be read: {reason}"
         raise SystemExit(f"{name} {advice}.") from None
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 
 def _cached(source: Path, settings, read: Callable[[], tuple[Dataset, np.ndarray]]) -> tuple[Dataset, np.ndarray]:
@@ -465,7 +463,7 @@ def _check_environment(task: Task, dataset: Dataset, low: np.ndarray, high: np.n
             "; MUJOCO_GL=egl, osmesa or disable may help" if re.search("(?i)egl|glfw|opengl|osmesa", str(error)) else ""
         )
         verb = "cannot be made here" if env is None else "fails"
-        raise SystemExit(f"{name} needs an environment that {verb} ({_reason(error)}{hint}).") from None
+        raise SystemExit(f"{name} needs an environment that {verb} ({reason_of(error)}{hint}).") from None
     env.close()
     space = env.env.action_space  # before it was scaled to [-1, 1]
     obs_shape, act_shape = dataset.obs.shape[1:], dataset.action.shape[1:]

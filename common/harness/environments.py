@@ -9,7 +9,7 @@ import dataclasses
 import io
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from unittest.mock import patch
@@ -29,6 +29,11 @@ PICTURES = ("render_mode", "width", "height", "camera_id", "camera_name", "defau
 ONLOOKERS = ("RecordEpisodeStatistics", "RecordVideo", "HumanRendering", "RenderCollection", "PassiveEnvChecker")
 # Options that the table's protocol sets whatever they were in recording: rewards and ends of the data follow it.
 PROTOCOL = ("continuing_task", "reset_target", "remove_task_when_completed", "terminate_on_tasks_completed")
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what it says, without the full stop."""
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -185,6 +190,16 @@ def make_env(environment: Environment) -> gymnasium.Env:
         return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
+@contextlib.contextmanager
+def _breaking_down(seed: int, update: int, episode: int, step: int) -> Iterator[None]:
+    """Exits with a sentence for whatever an environment raises, whose code is not ours."""
+    try:
+        yield
+    except Exception as error:
+        at = f"update {update}, seed {seed}, episode {episode}, step {step}"
+        raise SystemExit(f"The environment broke down, {at}: {reason_of(error)}.") from None
+
+
 class Evaluator:
     """Copies of an environment for a batch of seeds, kept for the whole run.
 
@@ -212,34 +227,26 @@ class Evaluator:
             return [[make_env(self.environment) for _ in range(self.num_episodes)] for _ in self.seeds]
 
     def __call__(self, act: Callable[..., Array], update: int) -> Episodes:
-        """`act(obs, step)` maps (seeds, episodes, obs_dim) at a step of the episodes to actions in [-1, 1].
-
-        Exits if the environment returns what is not finite.
-        """
+        """`act(obs, step)` maps (seeds, episodes, obs_dim) at a step of the episodes to actions in [-1, 1]."""
         shape = len(self.seeds), self.num_episodes
-        start = lambda *ids: int(np.random.SeedSequence(ids).generate_state(1)[0])
-        obs = np.array(
-            [
-                [env.reset(seed=start(seed, update, episode))[0] for episode, env in enumerate(row)]
-                for seed, row in zip(self.seeds, self.envs)
-            ],
-            np.float32,
-        )
-        returns, lengths = np.zeros(shape), np.zeros(shape, int)
+        returns, lengths, obs = np.zeros(shape), np.zeros(shape, int), np.zeros(shape, object)
         paths = [[] for _ in range(self.num_episodes)]
         running, step = list(np.ndindex(shape)), 0
+        for i, j in running:
+            ids = self.seeds[i], update, j
+            with _breaking_down(*ids, step):
+                obs[i, j], _ = self.envs[i][j].reset(seed=int(np.random.SeedSequence(ids).generate_state(1)[0]))
+        obs = np.array(obs.tolist(), np.float32)
         while running:
             action = np.asarray(act(obs, step))
             still_running = []
             for i, j in running:
                 if i == 0:
                     paths[j].append(obs[i, j, :2].copy())
-                obs[i, j], reward, terminated, truncated, _ = self.envs[i][j].step(action[i, j])
-                if not (np.isfinite(reward) and np.isfinite(obs[i, j]).all()):
-                    raise SystemExit(
-                        f"The environment broke down, update {update}, seed {self.seeds[i]}, episode {j}, step {step}: "
-                        f"reward {reward}, or an observation that is not finite."
-                    )
+                with _breaking_down(self.seeds[i], update, j, step):
+                    obs[i, j], reward, terminated, truncated, _ = self.envs[i][j].step(action[i, j])
+                    if not (np.isfinite(reward) and np.isfinite(obs[i, j]).all()):
+                        raise ValueError(f"reward {reward}, or an observation that is not finite")
                 returns[i, j] += reward
                 lengths[i, j] += 1
                 if not (terminated or truncated):
