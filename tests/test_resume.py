@@ -369,8 +369,8 @@ def test_the_environment_of_a_notebook_or_without_cuda_gets_a_run_or_a_sentence(
     assert process.returncode == 1
     assert process.stderr.strip().splitlines()[-1].startswith("JAX cannot use the device that JAX_PLATFORMS=cuda")
     assert "Traceback" not in process.stderr
-    script = shlex.quote(str(SCRIPTS / "bc.py"))
-    process = subprocess.run(
-        f"{shlex.quote(sys.executable)} {script} --help | head -1", shell=True, capture_output=True
-    )
-    assert process.stderr == b""
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(SCRIPTS / 'bc.py'))}"
+    for stream, told in (("--help | head -1", ""), ("--help >&-", ""), ("> /dev/full", "No space left on device")):
+        process = subprocess.run(f"{command} --env-id bandit {stream}", shell=True, capture_output=True, text=True)
+        assert told in process.stderr
+        assert len(process.stderr.splitlines()) == len(told.splitlines())

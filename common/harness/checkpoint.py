@@ -125,7 +125,7 @@ def saved_args(header: dict, kind: type) -> Any:
         check_types(args)
         check_flags(args)
     except (ValueError, TypeError, SystemExit) as error:
-        raise CheckpointError(f"it has impossible arguments: {error}") from None
+        raise CheckpointError(f"it has impossible arguments: {str(error).rstrip('.')}") from None
     return args
 
 

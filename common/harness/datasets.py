@@ -124,12 +124,12 @@ def _ensure_local(dataset_id: str) -> str:
     try:
         parse_dataset_id(dataset_id)
         path = get_dataset_path(dataset_id)
+        if (path / "data" / "metadata.json").exists():
+            return dataset_id
     except (ValueError, TypeError):  # which leaves no way out of the folder of datasets
         raise SystemExit(f"{dataset_id!r} is no id of a Minari dataset, such as D4RL/pen/human-v2.") from None
     except OSError as error:
         raise SystemExit(f"Cannot read datasets ({error}); set MINARI_DATASETS_PATH.") from None
-    if (path / "data" / "metadata.json").exists():
-        return dataset_id
     if dataset_id in pointmaze.DATASETS:
         print(f"Making the dataset {dataset_id} in {path} (once, under a minute) ...", flush=True)
         with _staged(path, pointmaze.MEGABYTES):

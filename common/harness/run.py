@@ -180,8 +180,6 @@ class Run:
             raise SystemExit(f"Another process is at work in {folder}/.") from None
 
     def __enter__(self):
-        for left in self.folder.glob("*.tmp"):
-            left.unlink()
         update = self.header["update"]
         rows = {name: _read_rows(self.folder / f"{name}.csv", update) for name in ("metrics", "eval")}
         num = len(self.seeds) * self.args.eval_episodes
@@ -196,6 +194,8 @@ class Run:
         rows["eval"] = rows["eval"][: 1 + num * len(self.scores)] or [["update", "seed", "episode", "return", "length"]]
         self.files, self.boards, total = {}, [], self.args.num_updates
         with self._writing():
+            for left in self.folder.glob("*.tmp"):
+                left.unlink()
             for name, table in rows.items():
                 text = "".join(",".join(row) + "\n" for row in table)
                 write_atomically(self.folder / f"{name}.csv", text.encode())
@@ -222,10 +222,10 @@ class Run:
         if self.tracker is not None:
             self.tracker.finish()
         os.close(self.lock)
-        if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and isinstance(error.code, int)):
-            print(f"Stopped after update {self.header['update']}. To go on: {self.command}", file=sys.stderr)
         if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|Out of memory", str(error)):
             raise SystemExit("There is not enough memory: lower --batch-size or --num-seeds.") from None
+        if error is not None and not isinstance(getattr(error, "code", None), str):  # which says all
+            print(f"Stopped after update {self.header['update']}. To go on: {self.command}", file=sys.stderr)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -399,7 +399,7 @@ def resumed(args):
     try:
         header, _ = newest_header(Path(args.resume).expanduser())
         saved = saved_args(header, type(args))
-    except CheckpointError as error:
+    except (OSError, CheckpointError) as error:
         raise SystemExit(f"Cannot resume {args.resume}: {error}.") from None
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
     given = {f.name: given[f.name] for f in dataclasses.fields(args) if given[f.name] not in (f.default, None)}
