@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from platform import python_version
@@ -74,6 +75,7 @@ def set_up_jax() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        warnings.filterwarnings("ignore", "Error writing persistent compilation cache")  # of every program: a full disk
     if "xla_cpu_prefer_vector_width" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_prefer_vector_width=512"
     try:
