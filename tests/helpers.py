@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,15 @@ def fill(disk: Path, free: int) -> Path:
     ballast.unlink(missing_ok=True)
     ballast.write_bytes(bytes(shutil.disk_usage(disk).free - free))
     return ballast
+
+
+def damaged(data: bytes, i: int) -> bytes:
+    """Number `i` of a fixed series: every kind of damage, in turn anywhere and among the first 2,000 bytes."""
+    rng = random.Random(i)
+    at = rng.randrange(len(data) if i % 8 < 4 else min(2000, len(data)))
+    flip, zeros, insertion = bytes([data[at] ^ rng.randrange(1, 256)]), bytes(64), rng.randbytes(3)
+    patch, replaced = ((flip, 1), (b"", len(data)), (zeros, 64), (insertion, 0))[i % 4]
+    return data[:at] + patch + data[at + replaced :]
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:

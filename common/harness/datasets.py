@@ -7,7 +7,6 @@ MINARI_DATASETS_PATH, ~/.minari/datasets    the datasets, in Minari's own format
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ from minari.storage.datasets_root_dir import get_dataset_path
 from minari.storage.remotes import DEFAULT_REMOTE, get_cloud_storage
 
 from common.harness import bandit, ogbench, pointmaze
+from common.harness.checkpoint import write_atomically
 from common.harness.d4rl import d4rl_task, read_d4rl
 from common.harness.environments import (
     make_env,
@@ -290,15 +290,7 @@ def _cached(source: Path, settings, read: Callable[[], tuple[Dataset, np.ndarray
         for left in file.parent.glob("*.tmp"):  # by a run that was killed
             if time.time() - left.stat().st_mtime > OLD:
                 left.unlink(missing_ok=True)
-        if shutil.disk_usage(file.parent).free < 1.1 * sum(array.nbytes for array in dataset):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as stream:
-                np.savez(stream, **dataset._asdict(), ends=ends)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(file, lambda stream: np.savez(stream, **dataset._asdict(), ends=ends))
     except OSError as error:
         print(f"(The dataset could not be cached in {file.parent}: {error.strerror}.)")
     return dataset, ends

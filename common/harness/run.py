@@ -170,7 +170,8 @@ class Run:
             if old.get(name) != self.header[name]:
                 print(f"Note: {name} differ from those that the run began with; its numbers may, too.")
         self.header["update"] = old["update"]
-        write_atomically(folder / "args.json", json.dumps(self.header | {"update": 0}, indent=2).encode())
+        text = json.dumps(self.header | {"update": 0}, indent=2)
+        write_atomically(folder / "args.json", lambda file: file.write(text.encode()))
         return folder
 
     def _lock(self, folder: Path) -> None:
@@ -199,8 +200,8 @@ class Run:
             for left in self.folder.glob("*.tmp"):
                 left.unlink()
             for name, table in rows.items():
-                text = "".join(",".join(row) + "\n" for row in table)
-                write_atomically(self.folder / f"{name}.csv", text.encode())
+                lines = [(",".join(row) + "\n").encode() for row in table]
+                write_atomically(self.folder / f"{name}.csv", lambda file: file.writelines(lines))
                 self.files[name] = (self.folder / f"{name}.csv").open("a", newline="")
             for seed in self.seeds[:MAX_BOARDS]:
                 board = self.folder / "tensorboard" / f"seed_{seed}"
@@ -245,7 +246,7 @@ class Run:
     def restore(self, state):
         """(state, update) to go on from: of --resume's checkpoint, or `state` and 0."""
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        if 3 * size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):  # and twice while it is saved
+        if 2 * size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):  # and once more while it is saved
             raise MemoryError
         self.needed_space += 2 * size  # one checkpoint whole, one being written
         with self._writing():
@@ -399,21 +400,20 @@ def resumed(args):
     if args.resume is None:
         return args
     try:
-        header, _ = newest_header(Path(args.resume).expanduser())
-        saved = saved_args(header, type(args))
+        saved = saved_args(newest_header(Path(args.resume).expanduser())[0], type(args))
     except (OSError, CheckpointError) as error:
         raise SystemExit(f"Cannot resume {args.resume}: {error}.") from None
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-    given = {f.name: given[f.name] for f in dataclasses.fields(args) if given[f.name] not in (f.default, None)}
+    fields = dataclasses.fields(args)
+    given = {f.name: value for f in fields if (value := getattr(args, f.name)) not in (f.default, None)}
     for name in given.keys() - {"resume", *FREE}:
         if given[name] != getattr(saved, name):
             raise SystemExit(
                 f"--resume goes on with the settings of its run, in which {name} is {getattr(saved, name)}; only "
                 f"{' and '.join('--' + free.replace('_', '-') for free in FREE)} can be given with it."
             )
-    if given.get("num_updates", saved.num_updates) < saved.num_updates:
+    longer = given.get("num_updates", saved.num_updates) - saved.num_updates
+    if longer < 0:
         raise SystemExit(f"The run in {args.resume} has {saved.num_updates} updates; --num-updates can only be larger.")
-    if saved.lr_decay and given.get("num_updates", saved.num_updates) > saved.num_updates:
+    if longer and saved.lr_decay:
         print("Note: with --lr-decay the learning rate now falls to 0 at the new end; it rises until then.")
-    given = {name: given[name] for name in ("resume", *FREE) if name in given}
     return dataclasses.replace(saved, **{"trust": ""} | given)  # whom to trust is not for a file to say
