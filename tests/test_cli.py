@@ -235,6 +235,17 @@ def test_every_seed_update_and_episode_acts_by_a_key_of_its_own(tmp_path):
     np.testing.assert_array_equal(np.array(data[0])[:, 1, :2], np.array(data[1])[:, 0])
 
 
+@pytest.mark.parametrize(
+    "ask", [lambda run: run.restore(np.broadcast_to(np.float32(0), 10**14)), lambda run: jnp.zeros(10**14).sum().item()]
+)
+def test_what_does_not_fit_into_memory_ends_with_a_sentence(ask, tmp_path, exit_sentence):
+    def start():
+        with begin(tmp_path / "run") as run:
+            ask(run)
+
+    assert "not enough memory: lower --batch-size" in exit_sentence(start)
+
+
 def test_tracking_follows_tensorboard_from_before_its_first_file(tmp_path, monkeypatch):
     calls = []
     tracker = types.SimpleNamespace(finish=lambda: calls.append("finish"))
@@ -261,8 +272,11 @@ def test_tracking_follows_tensorboard_from_before_its_first_file(tmp_path, monke
         ({"num_updates": 10, "eval_every": 20}, ["--num-updates 10", "--eval-every 20"]),
         ({"gamma": 2.0}, ["--gamma", "2.0"]),
         ({"seed": 3_000_000_000}, ["--seed"]),
+        ({"batch_size": 10**100}, ["--batch-size", "below 2^31"]),
+        ({"dataset_id": "a" * 999 + "-v0"}, ["too long"]),
+        ({"resume": "a" * 999}, ["too long"]),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:50],
 )
 def test_an_impossible_argument_exits_naming_it(args, named, pointmaze_datasets, tmp_path, exit_sentence):
     sentence = exit_sentence(edp_td3bc.train, edp_td3bc.Args(**TINY | {"run_dir": str(tmp_path / "run")} | args))
