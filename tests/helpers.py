@@ -5,6 +5,8 @@ import csv
 import dataclasses
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -75,6 +77,23 @@ def evaluated(evaluate: Evaluator, act, update: int) -> Episodes:
     """The evaluation of a policy `act(obs, step)` that draws nothing."""
     keys = jax.random.split(jax.random.key(0), (len(evaluate.seeds), evaluate.num_episodes))
     return evaluate(lambda obs, keys, step: act(obs, step), keys, update)
+
+
+def fill(disk: Path, free: int) -> Path:
+    """A file that leaves `free` bytes of the disk."""
+    ballast = disk / "ballast"
+    ballast.unlink(missing_ok=True)
+    ballast.write_bytes(bytes(shutil.disk_usage(disk).free - free))
+    return ballast
+
+
+def damaged(data: bytes, i: int) -> bytes:
+    """Number `i` of a fixed series: every kind of damage, in turn anywhere and among the first 2,000 bytes."""
+    rng = random.Random(i)
+    at = rng.randrange(len(data) if i % 8 < 4 else min(2000, len(data)))
+    flip, zeros, insertion = bytes([data[at] ^ rng.randrange(1, 256)]), bytes(64), rng.randbytes(3)
+    patch, replaced = ((flip, 1), (b"", len(data)), (zeros, 64), (insertion, 0))[i % 4]
+    return data[:at] + patch + data[at + replaced :]
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:

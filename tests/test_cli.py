@@ -260,6 +260,17 @@ def test_each_seed_is_tracked_by_a_run_of_its_own_which_resume_goes_on_with(tmp_
     assert len(set(ids[0])) == 2
 
 
+@pytest.mark.parametrize(
+    "ask", [lambda run: run.restore(np.broadcast_to(np.float32(0), 10**14)), lambda run: jnp.zeros(10**14).sum().item()]
+)
+def test_what_does_not_fit_into_memory_ends_with_a_sentence(ask, tmp_path, exit_sentence):
+    def start():
+        with begin(tmp_path / "run") as run:
+            ask(run)
+
+    assert "not enough memory: lower --batch-size" in exit_sentence(start)
+
+
 # ------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -273,8 +284,11 @@ def test_each_seed_is_tracked_by_a_run_of_its_own_which_resume_goes_on_with(tmp_
         ({"gamma": 2.0}, ["--gamma", "2.0"]),
         ({"seed": 3_000_000_000}, ["--seed"]),
         ({"env_id": "bandit", "capture_video": True}, ["cannot be drawn", "--capture-video"]),
+        ({"batch_size": 10**100}, ["--batch-size", "below 2^31"]),
+        ({"dataset_id": "a" * 999 + "-v0"}, ["too long"]),
+        ({"resume": "a" * 999}, ["too long"]),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:50],
 )
 def test_an_impossible_argument_exits_naming_it(args, named, pointmaze_datasets, tmp_path, exit_sentence):
     sentence = exit_sentence(edp_td3bc.train, edp_td3bc.Args(**TINY | {"run_dir": str(tmp_path / "run")} | args))

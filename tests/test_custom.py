@@ -1,6 +1,7 @@
 """Anybody's Minari dataset, in its own environment: what can be learned, and what is refused with a sentence."""
 
 import json
+import os
 import re
 from collections import OrderedDict
 
@@ -229,10 +230,12 @@ def test_an_environment_that_breaks_down_later_ends_the_run_with_a_sentence(data
     record_anything()
     environment = resolve_task("", "test/custom/random-v0", trust=__name__).environment
     evaluate = Evaluator(environment, [0, 1], 2)
-    rewards = iter([0.0, 1.0, np.inf])
-    evaluate.envs[1][0].unwrapped.pay = lambda reward: next(rewards)
-    sentence = exit_sentence(evaluated, evaluate, lambda obs, step: np.zeros((2, 2, 2), np.float32), 7)
-    assert "update 7, seed 1, episode 0, step 2: reward inf" in sentence
+    rewards, world = iter([0.0, 1.0, np.inf]), evaluate.envs[1][0].unwrapped
+    world.pay = lambda reward: next(rewards)
+    for step, what in ((2, "reward inf"), (0, "No space left on device")):
+        sentence = exit_sentence(evaluated, evaluate, lambda obs, step: np.zeros((2, 2, 2), np.float32), 7)
+        assert re.search(f"^The environment broke down, update 7, seed 1, episode 0, step {step}: .*{what}", sentence)
+        world.pay = lambda reward: os.write(os.open("/dev/full", os.O_WRONLY), b"its own log")
 
 
 def test_behaviour_is_scored_by_the_horizon_of_the_evaluation(datasets):

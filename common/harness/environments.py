@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -40,6 +40,11 @@ PICTURES = ("render_mode", "width", "height", "camera_id", "camera_name", "defau
 ONLOOKERS = ("RecordEpisodeStatistics", "RecordVideo", "HumanRendering", "RenderCollection", "PassiveEnvChecker")
 # Options that the table's protocol sets whatever they were in recording: rewards and ends of the data follow it.
 PROTOCOL = ("continuing_task", "reset_target", "remove_task_when_completed", "terminate_on_tasks_completed")
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what it says, without the full stop."""
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -226,6 +231,16 @@ def check_camera(environment: Environment) -> None:
         ) from None
 
 
+@contextlib.contextmanager
+def _breaking_down(seed: int, update: int, episode: int, step: int) -> Iterator[None]:
+    """Exits with a sentence for whatever an environment raises, whose code is not ours."""
+    try:
+        yield
+    except Exception as error:
+        at = f"update {update}, seed {seed}, episode {episode}, step {step}"
+        raise SystemExit(f"The environment broke down, {at}: {reason_of(error)}.") from None
+
+
 class Evaluator:
     """Copies of an environment for a batch of seeds, kept for the whole run.
 
@@ -271,16 +286,13 @@ class Evaluator:
     def _play(self, act: Callable[..., Array], keys: Key[Array, "seeds copies"], update: int, first: int):
         """(returns, lengths, paths of the first seed) of the episodes from number `first` on, one in each copy."""
         shape = np.shape(self.envs)
-        start = lambda *ids: int(np.random.SeedSequence(ids).generate_state(1)[0])
-        obs = np.array(
-            [
-                [env.reset(seed=start(seed, update, episode))[0] for episode, env in enumerate(row, first)]
-                for seed, row in zip(self.seeds, self.envs)
-            ],
-            np.float32,
-        )
-        returns, lengths = np.zeros(shape), np.zeros(shape, int)
+        returns, lengths, obs = np.zeros(shape), np.zeros(shape, int), np.zeros(shape, object)
         paths, running, step = [[] for _ in range(shape[1])], list(np.ndindex(shape)), 0
+        for i, j in running:
+            ids = self.seeds[i], update, first + j
+            with _breaking_down(*ids, step):
+                obs[i, j], _ = self.envs[i][j].reset(seed=int(np.random.SeedSequence(ids).generate_state(1)[0]))
+        obs = np.array(obs.tolist(), np.float32)
         video = self.envs[0][0] if self.videos and first == 0 else None
         if video:
             video.start_recording(f"update-{update}")
@@ -291,17 +303,18 @@ class Evaluator:
             for i, j in running:
                 if i == 0:
                     paths[j].append(obs[i, j, :2].copy())
-                obs[i, j], reward, terminated, truncated, _ = self.envs[i][j].step(action[i, j])
-                if not (np.isfinite(reward) and np.isfinite(obs[i, j]).all()):
-                    raise SystemExit(
-                        f"The environment broke down, update {update}, seed {self.seeds[i]}, episode {first + j}, step "
-                        f"{step}: reward {reward}, or an observation that is not finite."
-                    )
+                with _breaking_down(self.seeds[i], update, first + j, step):
+                    obs[i, j], reward, terminated, truncated, _ = self.envs[i][j].step(action[i, j])
+                    if not (np.isfinite(reward) and np.isfinite(obs[i, j]).all()):
+                        raise ValueError(f"reward {reward}, or an observation that is not finite")
                 returns[i, j] += reward
                 lengths[i, j] += 1
                 if not (terminated or truncated):
                     still_running.append((i, j))
             running, step = still_running, step + 1
         if video:
-            video.stop_recording()
+            try:
+                video.stop_recording()
+            except OSError as error:  # a run does not end because it could not be filmed
+                print(f"(The video of update {update} could not be written: {reason_of(error)}.)")
         return returns, lengths, [np.array([*path, last[:2]]) for path, last in zip(paths, obs[0])]
