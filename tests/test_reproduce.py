@@ -1,6 +1,5 @@
 """The paper redone by command: the paper's numbers, keys, reports, and sweeps that are killed and go on."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -14,7 +13,7 @@ import pytest
 import report
 import reproduce
 from helpers import rows_of
-from runner import ROOT, Execution, Job, execute, is_finished, read_csv, run_all
+from runner import ROOT, Execution, Job, execute, is_done, read_csv, run_all
 
 FLAGS = "--eval-episodes 1 --batch-size 8 --num-updates 20 --eval-every 20"
 DOMAIN_TASKS = {
@@ -52,9 +51,9 @@ def test_every_column_of_a_table_has_the_papers_numbers():
 
 
 def test_table_3_is_what_the_paper_has():
-    heading, lines = reproduce.hyperparameters()
-    assert [line[0] for line in lines] == list(DOMAIN_TASKS) and heading[1] == "learning_rate"
-    assert all(line[1::2] == line[2::2] for line in lines)
+    lines = list(reproduce.hyperparameters(None))
+    assert [line[""] for line in lines] == list(DOMAIN_TASKS) and {"eta", "num_updates"} < lines[0].keys()
+    assert all(line[name] == line[f"{name}, paper"] for line in lines for name in list(line)[1::2])
 
 
 # ------------------------------------------------------------------------------------------------------------ reports
@@ -98,10 +97,9 @@ def test_scores_and_metrics_are_those_of_the_raw_returns(tmp_path, write_run):
     write_run("a", returns)
     result = report.read_runs(tmp_path)["a"]
     np.testing.assert_allclose(result.scores, 40 + 2 * returns.mean(axis=2))  # from -20 to 30
-    samples = result.samples({})
-    np.testing.assert_allclose(samples["OMS"], result.scores.max(axis=0))
-    np.testing.assert_allclose(samples["RAT"], result.scores.mean(axis=0))
-    np.testing.assert_allclose(samples["last"], result.scores[1])
+    for metric, expected in {"OMS": "max", "RAT": "mean"}.items():
+        np.testing.assert_allclose(report.sample_of(result, {}, metric), getattr(result.scores, expected)(axis=0))
+    np.testing.assert_allclose(report.sample_of(result, {}, "last"), result.scores[1])
 
 
 def test_interquartile_mean_and_interval_of_known_samples():
@@ -177,7 +175,7 @@ def test_published_tables_recompute_from_the_results(tmp_path):
     artefact = json.loads((folder / "artefacts.json").read_text())["comparison"]
     cells = report.cells_of(artefact, runs := report.read_runs(folder))
     behaviour = {row["data"]: runs[row["runs"]["BC"]].header["dataset"]["behaviour_score"] for row in artefact["rows"]}
-    lines = report.table([cell for cell in cells if cell["metric"] == "last"], behaviour).splitlines()
+    lines = report.table([cell for cell in cells if cell["metric"] == "last"], behaviour, report.mean).splitlines()
     assert len(lines) == 7 and all(line in pages for line in lines)
 
 
@@ -203,12 +201,13 @@ def test_local_datasets_and_d4rl_files_are_found_by_their_names(datasets, tmp_pa
     for file in files.values():
         (tmp_path / file).touch()
     found = reproduce.find_data((str(tmp_path),), reproduce.PAPER_TASKS)
-    assert {data.task: Path(data.flags["dataset_path"]).name for data in found} == files
+    assert {data.task: Path(data.flags[-1]).name for data in found} == files
 
 
 def plan(folder, column="bc", **changes):
-    args = reproduce.Args(("table2",), ("pointmaze-umaze",), num_seeds=1, folder=folder, **{"flags": FLAGS} | changes)
-    return reproduce.plan(column, "pointmaze-umaze", (("env_id", "pointmaze-umaze"),), args)
+    args = reproduce.Args(artefacts=("table2",), num_seeds=1, folder=folder, **{"flags": FLAGS} | changes)
+    (data,) = reproduce.find_data(("pointmaze-umaze",), ())
+    return reproduce.plan(column, data, args)
 
 
 def test_the_key_changes_with_all_that_decides_the_numbers_and_with_nothing_else(pointmaze_datasets, tmp_path):
@@ -232,7 +231,6 @@ def test_scale_shortens_a_run_and_leaves_ten_evaluations(pointmaze_datasets, tmp
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"artefacts": ("fig8",)}, "There is no 'fig8'"),
         ({"artefacts": ()}, "Name a table or figure"),
         ({"scale": 0.0}, "have to be positive"),
         ({"data": ("nobody/has/this-v0",)}, "Dataset nobody/has/this-v0 is not on this machine"),
@@ -240,7 +238,7 @@ def test_scale_shortens_a_run_and_leaves_ten_evaluations(pointmaze_datasets, tmp
     ],
 )
 def test_bad_arguments_get_one_sentence(datasets, tmp_path, changes, sentence):
-    args = dataclasses.replace(reproduce.Args(("table2",), folder=tmp_path / "out"), **changes)
+    args = reproduce.Args(**{"artefacts": ("table2",), "folder": tmp_path / "out"} | changes)
     with pytest.raises(SystemExit, match=sentence):
         reproduce.main(args)
 
@@ -264,7 +262,7 @@ def clone(folder, seed, num_updates):
 
 
 @pytest.mark.slow
-def test_what_is_finished_is_not_run_again_and_a_failure_does_not_stop_the_others(sweep_env, tmp_path, monkeypatch):
+def test_what_is_done_is_not_run_again_and_a_failure_does_not_stop_the_others(sweep_env, tmp_path, monkeypatch):
     for name, value in sweep_env.items():
         monkeypatch.setenv(name, value)
     jobs = [clone(tmp_path, 0, 20), clone(tmp_path, 1, 20)._replace(flags=("--no-such-flag",))]
@@ -334,7 +332,7 @@ def test_a_node_that_dies_costs_no_run(sweep_env, tmp_path, monkeypatch):
     quiet = [clone(tmp_path / "quiet", seed, 4000) for seed in range(3)]
     assert run_all(quiet, Execution()) == {}
     for one, another in zip(jobs, quiet):
-        assert is_finished(one)
+        assert is_done(one)
         assert (one.folder / "eval.csv").read_text() == (another.folder / "eval.csv").read_text()
     assert any("--resume" in Path(f"{job.folder}.log").read_text() for job in jobs)
 
