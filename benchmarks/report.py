@@ -32,7 +32,6 @@ METRICS = {  # by the paper's names, of scores (evaluations, seeds)
     "RAT": lambda scores: scores[-RAT_WINDOW:].mean(axis=0),
 }
 NAMES = {"last": "Last score", "OMS": "OMS, the best evaluation", "RAT": "RAT, the mean of the last ten"}
-IQM = "interquartile mean over seeds with its 95 % bootstrap interval"
 DOMAINS = {"halfcheetah": "locomotion", "hopper": "locomotion", "walker2d": "locomotion", "pen": "adroit"}
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -55,9 +54,11 @@ def read_runs(folder: Path) -> dict[str, Result]:
 
 
 def condense(folder: Path, into: Path) -> None:
-    """All runs of `folder`, values as they are written there; without what only their checkpoints need."""
-    raw = read_raw(folder)
-    headers = {name: {k: v for k, v in header.items() if k != "normalization"} for name, (header, *_) in raw.items()}
+    """All runs of `folder`, values as they are written there; without where they were and what checkpoints need."""
+    raw, headers = read_raw(folder), {}
+    for name, (header, *_) in raw.items():
+        headers[name] = {key: value for key, value in header.items() if key != "normalization"}
+        headers[name]["args"] = header["args"] | {"run_dir": None}
     into.mkdir(parents=True, exist_ok=True)
     (into / "runs.json").write_text(json.dumps(headers, indent=1) + "\n")
     for i, file in enumerate(("returns.csv", "acting.csv"), 1):
@@ -131,6 +132,11 @@ def cells_of(artefact: dict, runs: dict[str, Result]) -> list[dict[str, Any]]:
     return cells
 
 
+def behaviour_scores(artefact: dict, runs: dict[str, Result]) -> dict[str, float]:
+    names = ((row["data"], run) for row in artefact["rows"] for run in row["runs"].values())
+    return {data: runs[run].header["dataset"]["behaviour_score"] for data, run in names if run in runs}
+
+
 def domain_of(task: str) -> str:
     robot = task.partition("-")[0]
     return DOMAINS.get(robot, robot)
@@ -146,17 +152,40 @@ def markdown(lines: list[dict[str, str]]) -> str:
 
 def table(cells: list[dict], behaviour: dict[str, float], text: Callable[[dict], str]) -> str:
     """A row for each dataset; of each column `text`, then the paper's number if there are any."""
-    with_paper = {cell["column"] for cell in cells if cell["paper"]}
-    pairs = ((column, f"{column}, paper")[: 1 + (column in with_paper)] for column in {c["column"]: 0 for c in cells})
-    blank, lines = dict.fromkeys(itertools.chain(*pairs), ""), {}
+    blank = {"behaviour": ""} if any(cell["data"] in behaviour for cell in cells) else {}
+    for column in dict.fromkeys(cell["column"] for cell in cells):
+        printed = any(cell["paper"] for cell in cells if cell["column"] == column)
+        blank |= {column: ""} | ({f"{column}, paper": ""} if printed else {})
+    lines = {cell["data"]: {"": cell["data"]} | blank for cell in cells}
+    for data in behaviour.keys() & lines.keys():
+        lines[data]["behaviour"] = f"{behaviour[data]:.1f}"
     for cell in cells:
-        data, column = cell["data"], cell["column"]
-        about = {"": data, "behaviour": f"{behaviour[data]:.1f}" if data in behaviour else ""}
-        line = lines.setdefault(data, about | blank)
-        line[column] = text(cell)
+        lines[cell["data"]][cell["column"]] = text(cell)
         if cell["paper"]:
-            line[f"{column}, paper"] = cell["paper"] + "*" * cell["differs"]
+            lines[cell["data"]][f"{cell['column']}, paper"] = cell["paper"] + "*" * cell["differs"]
     return markdown(list(lines.values()))
+
+
+def tables(artefact: dict, cells: list[dict], behaviour: dict[str, float]) -> list[str]:
+    """Of each metric the means and the interquartile means; what is not as in the paper."""
+    texts, kind = (
+        [*artefact["differs"], *(text for row in artefact["rows"] for text in row["differs"])],
+        artefact["kind"],
+    )
+    if kind == "means":
+        cells = [cell for cell in cells if cell["data"] not in behaviour] or cells
+    if kind == "sweep":  # a row for each setting
+        cells = [cell | {"data": cell["column"], "column": cell["data"]} for cell in cells]
+    parts = []
+    for metric in artefact["metrics"]:
+        if of := [cell for cell in cells if cell["metric"] == metric]:
+            parts += [f"{NAMES[metric]}, mean and deviation over seeds:", table(of, behaviour, mean)]
+            parts.append(f"{NAMES[metric]}, interquartile mean over seeds with its 95 % bootstrap interval:")
+            parts.append(table([cell | {"paper": ""} for cell in of], behaviour, interquartile_mean))
+    if texts:
+        parts.append("Not as in the paper (a star marks its numbers that do not compare):")
+        parts.append("\n".join(f"- {text}" for text in dict.fromkeys(texts)))
+    return parts
 
 
 def mean(cell: dict) -> str:
@@ -164,8 +193,7 @@ def mean(cell: dict) -> str:
 
 
 def interquartile_mean(cell: dict) -> str:
-    interval = "" if cell["iqm_low"] is None else f" [{cell['iqm_low']:.1f}, {cell['iqm_high']:.1f}]"
-    return f"{cell['iqm']:.1f}{interval}"
+    return f"{cell['iqm']:.1f}" + ("" if cell["iqm_low"] is None else " [{iqm_low:.1f}, {iqm_high:.1f}]".format(**cell))
 
 
 def every_run(runs: dict[str, Result]) -> str:
@@ -209,15 +237,20 @@ def draw_curves(artefact: dict, runs: dict[str, Result], behaviour: dict[str, fl
     save(figure, axes, file)
 
 
-def draw_sweep(artefact: dict, cells: list[dict], file: Path) -> None:
+def draw_sweep(artefact: dict, cells: list[dict], behaviour: dict[str, float], file: Path) -> None:
     """Score of the last policies against a setting of acting, with the deviation over seeds."""
     figure, columns = Figure(figsize=(7, 5), layout="constrained"), artefact["columns"]
     ax, setting = figure.subplots(), list(next(iter(columns.values()))["acting"])[-1]
-    for data, of in itertools.groupby(cells, key=lambda cell: cell["data"]):
+    for i, (data, of) in enumerate(itertools.groupby(cells, key=lambda cell: cell["data"])):
         points = [(columns[c["column"]]["acting"][setting], c["mean"], c["deviation"] or 0) for c in of]
-        ax.errorbar(*zip(*points), marker="o", capsize=3, label=data)
+        ax.errorbar(*zip(*points), color=f"C{i}", marker="o", capsize=3, label=data)
+        if data in behaviour:
+            ax.axhline(behaviour[data], color=f"C{i}", linestyle=":", label=f"behaviour of {data}")
     scale = "log" if setting == "num_eval_actions" else "linear"
     ax.set(xlabel=setting.replace("_", " "), ylabel="score", title=artefact["title"], xscale=scale)
+    values = [spec["acting"][setting] for spec in columns.values()]
+    ax.set_xticks(values, map(str, values))
+    ax.minorticks_off()
     save(figure, np.array([ax]), file)
 
 
@@ -244,36 +277,29 @@ def save(figure: Figure, axes: np.ndarray, file: Path) -> None:
 
 def write_report(folder: Path, name: str, artefact: dict, runs: dict[str, Result]) -> str:
     """Writes <name>.md, <name>.csv and <name>.png of an entry of artefacts.json; returns the Markdown."""
-    file, parts = folder / name, [f"# {artefact['title']}", f"`{artefact['command']}`"]
-    picture, csv_file = file.with_suffix(".png"), file.with_suffix(".csv")
+    parts, picture, kind = (
+        [f"# {artefact['title']}", f"`{artefact['command']}`"],
+        folder / f"{name}.png",
+        artefact["kind"],
+    )
     if "lines" in artefact:
-        lines = artefact["lines"]
-        parts.append(markdown(lines))
-        write_csv(csv_file, lines)
-        if artefact["kind"] == "speeds":
-            draw_speed(lines, picture)
+        rows = artefact["lines"]
+        parts.append(markdown(rows))
     else:
-        rows, cells = artefact["rows"], cells_of(artefact, runs)
-        names = [(row["data"], run) for row in rows for run in row["runs"].values()]
-        behaviour = {data: runs[run].header["dataset"]["behaviour_score"] for data, run in names if run in runs}
-        shown = [c for c in cells if artefact["kind"] != "means" or c["data"] not in behaviour] or cells
-        for metric in artefact["metrics"]:
-            if of := [cell for cell in shown if cell["metric"] == metric]:
-                parts += [f"{NAMES[metric]}:", table(of, behaviour, mean), f"{NAMES[metric]}, {IQM}:"]
-                parts.append(table([cell | {"paper": ""} for cell in of], behaviour, interquartile_mean))
-        if any(cell["differs"] for cell in cells):
-            texts = [*artefact["differs"], *(text for row in rows for text in row["differs"])]
-            parts += ["\\* These numbers of the paper are of other data or another protocol than ours:"]
-            parts += ["\n".join(f"- {text}" for text in dict.fromkeys(texts))]
-        unfinished = dict.fromkeys(run for _, run in names if sample_of(runs.get(run), {}, "last") is None)
+        rows, behaviour = cells_of(artefact, runs), behaviour_scores(artefact, runs)
+        parts += tables(artefact, rows, behaviour)
+        names = {run: None for row in artefact["rows"] for run in row["runs"].values()}
+        unfinished = [run for run in names if sample_of(runs.get(run), {}, "last") is None]
         parts += [f"Without {', '.join(unfinished)}: not run, or not to the end."] if unfinished else []
-        write_csv(csv_file, cells)
-        if artefact["kind"] == "sweep":
-            draw_sweep(artefact, cells, picture)
-        else:
-            draw_curves(artefact, runs, behaviour, picture)
+    write_csv(folder / f"{name}.csv", rows)
+    if kind == "speeds":
+        draw_speed(rows, picture)
+    elif kind == "sweep":
+        draw_sweep(artefact, rows, behaviour, picture)
+    elif kind != "hyperparameters":
+        draw_curves(artefact, runs, behaviour, picture)
     parts += [f"![{artefact['title']}]({picture.name})"] if picture.exists() else []
-    file.with_suffix(".md").write_text(text := "\n\n".join(parts) + "\n")
+    (folder / f"{name}.md").write_text(text := "\n\n".join(parts) + "\n")
     return text
 
 

@@ -18,6 +18,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -35,6 +36,7 @@ from report import PAPER, paper_numbers, write_reports
 from runner import ROOT, Execution, Job, run_all
 
 from common.harness import setup
+from common.harness.checkpoint import write_atomically
 from common.harness.run import PACKAGES, RAT_WINDOW
 from common.harness.tasks import ADROIT, ANTMAZE, KITCHEN, LOCOMOTION, TASKS, with_domain_defaults
 
@@ -66,7 +68,6 @@ class Artefact(NamedTuple):
     metrics: tuple[str, ...] = ("last",)
     tasks: tuple[str, ...] = PAPER_TASKS
     kind: Literal["table", "means", "sweep", "hyperparameters", "speeds"] = "table"
-    differs: tuple[str, ...] = ()  # from the paper's protocol
 
 
 def columns(*names: str) -> dict[str, dict[str, Any]]:
@@ -78,31 +79,18 @@ def sweep(title: str, setting: str, *values: float, **fixed: int) -> Artefact:
     return Artefact(f"{title}, EDP + TD3+BC", "", cells, tasks=LOCOMOTION_TASKS, kind="sweep")
 
 
-EDP_AND_DQL = columns("Diffusion-QL, K = 100", "EDP + TD3+BC")
-EDPS = columns("EDP + TD3+BC", "EDP + CRR", "EDP + IQL")
-OF_TABLE_6 = columns("EDP + TD3+BC") | {"TD3+BC with EAS": {"flags": "td3bc", "acting": {"num_eval_actions": 10}}}
+EDP, DQL, TWO = "EDP + TD3+BC", "Diffusion-QL, K = 100", ("RAT", "OMS")
+EAS = columns(EDP, "TD3+BC") | {"TD3+BC with EAS": {"flags": "td3bc", "acting": {"num_eval_actions": 10}}}
 ARTEFACTS = {
-    "table1": Artefact("Table 1: EDP and Diffusion-QL by domain", "Table 1", EDP_AND_DQL, ("OMS",), kind="means"),
+    "table1": Artefact("Table 1: EDP and Diffusion-QL by domain", "Table 1", columns(DQL, EDP), ("OMS",), kind="means"),
     "table2": Artefact("Table 2: feed-forward policies and EDP", "Table 2", columns(*list(COLUMNS)[:8]), ("RAT",)),
     "table3": Artefact("Table 3: EDP's hyperparameters", kind="hyperparameters"),
-    "table4": Artefact("Table 4: EDP and Diffusion-QL", "Table 4", EDP_AND_DQL, ("OMS",)),
-    "table5": Artefact("Table 5: EDP with three algorithms", "Table 5", EDPS, ("RAT", "OMS")),
-    "table6": Artefact(
-        "Table 6: energy-based action selection (EAS) with a feed-forward policy",
-        "Table 6",
-        OF_TABLE_6 | columns("TD3+BC"),
-        tasks=LOCOMOTION_TASKS,
-        differs=("the score of the last policy, where the paper has RAT",),
-    ),
-    "table7": Artefact(
-        "Table 7: the effect of action approximation",
-        "Table 7",
-        columns("Diffusion-QL, K = 100", "EDP + TD3+BC, K = 100"),
-        ("OMS",),
-        WALKERS,
-    ),
+    "table4": Artefact("Table 4: EDP and Diffusion-QL", "Table 4", columns(DQL, EDP), ("OMS",)),
+    "table5": Artefact("Table 5: EDP, three algorithms", "Table 5", columns(EDP, "EDP + CRR", "EDP + IQL"), TWO),
+    "table6": Artefact("Table 6: EAS with a feed-forward policy", "Table 6", EAS, ("last",), LOCOMOTION_TASKS),
+    "table7": Artefact("Table 7: action approximation", "Table 7", columns(DQL, f"{EDP}, K = 100"), ("OMS",), WALKERS),
     "fig2": Artefact("Fig. 2 and C.5: speed", kind="speeds"),
-    "fig3": Artefact("Fig. 3: RAT and OMS in training", "Table 5", columns("EDP + TD3+BC"), ("RAT", "OMS"), THREE),
+    "fig3": Artefact("Fig. 3: RAT and OMS in training", "Table 5", columns(EDP), TWO, THREE),
     "fig4": sweep("Fig. 4: actions to select from", "num_eval_actions", 1, 2, 5, 10, 20, 50, 100, 200),
     "fig5": sweep("Fig. 5: network calls of DPM-Solver", "num_solver_calls", 3, 6, 9, 12, 15, 20, 25, 30),
     "fig6": sweep("Fig. 6: scaled policy", "policy_temperature", 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, num_eval_actions=1),
@@ -231,7 +219,7 @@ def code_digest(algorithm: str) -> str:
 
 def plan_artefact(name: str, args: Args, jobs: dict[Path, Job]) -> dict[str, Any]:
     """What report.py needs to know of an artefact; adds its runs to `jobs`. Exits if nothing of it can be run."""
-    artefact, rows, impossible, differs = ARTEFACTS[name], [], {}, []
+    artefact, rows, impossible = ARTEFACTS[name], [], {}
     choice = ["--data", *args.data, "--scale", f"{args.scale:g}", "--num-seeds", str(args.num_seeds)]
     command = ["python", "benchmarks/reproduce.py", name, *choice, *[f"--flags={args.flags}"] * bool(args.flags)]
     record = artefact._asdict() | {"command": shlex.join(command), "scale": args.scale}
@@ -254,11 +242,14 @@ def plan_artefact(name: str, args: Args, jobs: dict[Path, Job]) -> dict[str, Any
         raise SystemExit(next(iter(impossible.values()), f"--data {' '.join(args.data)} has none of {name}'s tasks."))
     for left_out, reason in impossible.items():
         print(f"{name} goes without {left_out}: {reason}")
-    if args.scale != 1 or args.flags:
-        differs.append(f"{job.num_updates:,} updates (--scale {args.scale:g}) {args.flags}".strip())
-    if args.num_seeds != SEEDS:
-        differs.append(f"{args.num_seeds} seeds, where the paper has {SEEDS}")
-    return record | {"rows": rows, "differs": [*artefact.differs, *differs]}
+    updates = sorted({jobs[args.folder / run].num_updates for row in rows for run in row["runs"].values()})
+    lengths = " or ".join(f"{number:,}" for number in updates)
+    differs = {
+        "the score of the last policy, where the paper has RAT": artefact.metrics == ("last",),
+        f"{lengths} updates (--scale {args.scale:g}) {args.flags}".strip(): args.scale != 1 or args.flags,
+        f"{args.num_seeds} seeds, where the paper has {SEEDS}": args.num_seeds != SEEDS,
+    }
+    return record | {"rows": rows, "differs": [text for text, holds in differs.items() if holds]}
 
 
 # ----------------------------------------------------------------------------------------------- what needs no runs
@@ -298,8 +289,11 @@ LINES = {"hyperparameters": hyperparameters, "speeds": speeds}
 
 
 def main(args: Args) -> None:
-    if not args.artefacts or min(args.scale, args.num_seeds, args.jobs, args.cores) <= 0 or args.gpus < 0:
+    positive = args.scale, args.num_seeds, args.jobs, args.cores
+    if not args.artefacts or not all(0 < value < math.inf for value in positive):
         raise SystemExit("Name a table or figure; --scale, --num-seeds, --jobs and --cores have to be positive.")
+    if not (0 <= args.gpus <= 1 or args.gpus % 1 == 0):
+        raise SystemExit(f"--gpus has to be a part of one GPU or a whole number of them, but is {args.gpus}.")
     jax.config.update("jax_platforms", "cpu")  # of this process: a GPU is for the runs
     jobs: dict[Path, Job] = {}
     names = ARTEFACTS if "all" in args.artefacts else dict.fromkeys(args.artefacts)
@@ -308,10 +302,10 @@ def main(args: Args) -> None:
     for record in artefacts.values():
         if record["kind"] in LINES:
             record["lines"] = list(LINES[record["kind"]](args))
-    failed = run_all(list(jobs.values()), args)
     manifest = args.folder / "artefacts.json"
     kept = json.loads(manifest.read_text()) if manifest.exists() else {}
-    manifest.write_text(json.dumps(kept | artefacts, indent=1) + "\n")
+    write_atomically(manifest, json.dumps(kept | artefacts, indent=1).encode() + b"\n")
+    failed = run_all(list(jobs.values()), args)
     write_reports(args.folder, names)
     if failed:
         (folder, trouble), *_ = failed.items()

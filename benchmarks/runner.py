@@ -119,36 +119,22 @@ def other_settings(args: dict, settings: dict) -> frozenset[tuple[str, str]]:
     return frozenset((name, str(value)) for name, value in settings.items() if str(value) != str(args.get(name, "")))
 
 
-def is_trained(job: Job) -> bool:
-    saved = (job.folder / f"checkpoint-{job.num_updates}.eqx").exists()
-    return saved and job.num_updates in result_of(*read_run(job.folder)).updates
-
-
-def missing_acting(job: Job) -> list[dict[str, Any]]:
-    """The settings of acting that a trained run has not been evaluated with; its own are those of its training."""
+def next_command(job: Job) -> list[str] | None:
+    """What is to be done next of a job; None if nothing is."""
+    script, checkpoints = [str(ROOT / "algorithms" / f"{job.algorithm}.py")], job.folder.glob("checkpoint-*.eqx")
+    if not (names := {file.name for file in checkpoints}):
+        return [*script, *job.flags, "--run-dir", str(job.folder)]
     run = result_of(*read_run(job.folder))
-    there = {frozenset(), *run.acting}
-    return [settings for settings in job.acting if other_settings(run.header["args"], settings) not in there]
-
-
-def is_done(job: Job) -> bool:
-    return is_trained(job) and not missing_acting(job)
-
-
-def commands(job: Job) -> Iterator[list[str]]:
-    """What is left to do, found out before each step."""
-    if not is_trained(job):
-        script = [str(ROOT / "algorithms" / f"{job.algorithm}.py")]
-        if any(job.folder.glob("checkpoint-*.eqx")):
-            yield [*script, "--resume", str(job.folder)]
-        else:
-            shutil.rmtree(job.folder, ignore_errors=True)  # it ended before its first checkpoint
-            yield [*script, *job.flags, "--run-dir", str(job.folder)]
-    missing = missing_acting(job)
-    for names in dict.fromkeys(map(tuple, missing)):  # acting.py combines the values of different settings
-        values = [dict.fromkeys(str(each[name]) for each in missing if tuple(each) == names) for name in names]
-        flags = [part for name, each in zip(names, values) for part in ("--" + name.replace("_", "-"), *each)]
-        yield [str(ROOT / "benchmarks" / "acting.py"), str(job.folder), *flags]
+    if f"checkpoint-{job.num_updates}.eqx" not in names or job.num_updates not in run.updates:
+        return [*script, "--resume", str(job.folder)]
+    there = {frozenset(), *run.acting}  # its own settings are those of its training
+    missing = [each for each in job.acting if other_settings(run.header["args"], each) not in there]
+    if not missing:
+        return None
+    missing = [each for each in missing if each.keys() == missing[0].keys()]  # acting.py combines their values
+    values = {name: dict.fromkeys(str(each[name]) for each in missing) for name in missing[0]}
+    flags = [part for name, each in values.items() for part in ("--" + name.replace("_", "-"), *each)]
+    return [str(ROOT / "benchmarks" / "acting.py"), str(job.folder), *flags]
 
 
 def execute(job: Job, env: dict[str, str], cores: str = "", stop: threading.Event | None = None) -> str | None:
@@ -160,7 +146,10 @@ def execute(job: Job, env: dict[str, str], cores: str = "", stop: threading.Even
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-        for command in commands(job) if not stop.is_set() else ():
+        command = next_command(job)
+        while command and not stop.is_set():
+            if "--run-dir" in command:
+                shutil.rmtree(job.folder, ignore_errors=True)  # of a run that ended before its first checkpoint
             print("$ python", *command, file=log, flush=True)
             process = subprocess.Popen(
                 [sys.executable, "-c", PRELUDE, str(os.getpid()), cores, *command],
@@ -176,9 +165,10 @@ def execute(job: Job, env: dict[str, str], cores: str = "", stop: threading.Even
             finally:  # Ray interrupts it with an exception
                 process.terminate()
                 process.wait()
-            if process.returncode:
+            before, command = command, next_command(job)
+            if process.returncode or command == before:
                 break
-        return None if is_done(job) else f"{job.folder}.log says why"
+        return f"{job.folder}.log says why" if command else None
 
 
 # -------------------------------------------------------------------------------------------------------- all of them
@@ -186,7 +176,7 @@ def execute(job: Job, env: dict[str, str], cores: str = "", stop: threading.Even
 
 def run_all(jobs: list[Job], how: Execution) -> dict[Path, str]:
     """Does what is left of all jobs; what went wrong, by folder. A job that fails does not stop the others."""
-    todo, failed = [job for job in jobs if not is_done(job)], {}
+    todo, failed = [job for job in jobs if next_command(job)], {}
     begun = sum(job.folder.exists() for job in todo)
     print(f"{len(jobs)} runs: {len(jobs) - len(todo)} done, {begun} begun, {len(todo) - begun} to do", flush=True)
     if not todo:

@@ -13,7 +13,7 @@ import pytest
 import report
 import reproduce
 from helpers import rows_of
-from runner import ROOT, Execution, Job, execute, is_done, read_csv, run_all
+from runner import ROOT, Execution, Job, execute, next_command, read_csv, run_all
 
 FLAGS = "--eval-episodes 1 --batch-size 8 --num-updates 20 --eval-every 20"
 DOMAIN_TASKS = {
@@ -141,9 +141,9 @@ def test_a_domains_mean_has_the_papers_beside_it_only_when_all_its_tasks_are_the
 def test_table_6_has_the_papers_rat_beside_last_scores(tmp_path, write_run):
     write_run("x", np.ones((2, 1, 1)))
     row = {"data": "hopper-medium", "task": "hopper-medium", "runs": {"TD3+BC": "x"}, "differs": []}
-    changes = reproduce.ARTEFACTS["table6"]._asdict() | {"columns": {"TD3+BC": {"flags": "td3bc"}}}
-    text = report.write_report(tmp_path, "t", artefact_of(row) | changes, report.read_runs(tmp_path))
-    assert "| hopper-medium | 7.2 | 42.0 | 54.0* |" in text and "where the paper has RAT" in text
+    changes = {"source": "Table 6", "metrics": ["last"], "columns": {"TD3+BC": {"flags": "td3bc"}}, "differs": ["last"]}
+    text = report.write_report(tmp_path, "t", artefact_of(row, **changes), report.read_runs(tmp_path))
+    assert "| hopper-medium | 7.2 | 42.0 | 54.0* |" in text
 
 
 def test_a_run_that_did_not_finish_leaves_its_cell_empty_and_is_named(tmp_path, write_run):
@@ -174,8 +174,8 @@ def test_published_tables_recompute_from_the_results(tmp_path):
     pages = "\n".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
     artefact = json.loads((folder / "artefacts.json").read_text())["comparison"]
     cells = report.cells_of(artefact, runs := report.read_runs(folder))
-    behaviour = {row["data"]: runs[row["runs"]["BC"]].header["dataset"]["behaviour_score"] for row in artefact["rows"]}
-    lines = report.table([cell for cell in cells if cell["metric"] == "last"], behaviour, report.mean).splitlines()
+    behaviour, last = report.behaviour_scores(artefact, runs), [cell for cell in cells if cell["metric"] == "last"]
+    lines = report.table(last, behaviour, report.mean).splitlines()
     assert len(lines) == 7 and all(line in pages for line in lines)
 
 
@@ -332,7 +332,7 @@ def test_a_node_that_dies_costs_no_run(sweep_env, tmp_path, monkeypatch):
     quiet = [clone(tmp_path / "quiet", seed, 4000) for seed in range(3)]
     assert run_all(quiet, Execution()) == {}
     for one, another in zip(jobs, quiet):
-        assert is_done(one)
+        assert not next_command(one)
         assert (one.folder / "eval.csv").read_text() == (another.folder / "eval.csv").read_text()
     assert any("--resume" in Path(f"{job.folder}.log").read_text() for job in jobs)
 
