@@ -24,6 +24,7 @@ from runner import Result, other_settings, read_csv, read_run, result_of
 from scipy import stats
 
 from common.harness.run import RAT_WINDOW, mean_and_deviation
+from common.harness.tasks import TASKS
 
 PAPER = read_csv(Path(__file__).with_name("paper.csv"))
 METRICS = {  # by the paper's names, of scores (evaluations, seeds)
@@ -32,7 +33,6 @@ METRICS = {  # by the paper's names, of scores (evaluations, seeds)
     "RAT": lambda scores: scores[-RAT_WINDOW:].mean(axis=0),
 }
 NAMES = {"last": "Last score", "OMS": "OMS, the best evaluation", "RAT": "RAT, the mean of the last ten"}
-DOMAINS = {"halfcheetah": "locomotion", "hopper": "locomotion", "walker2d": "locomotion", "pen": "adroit"}
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
@@ -107,27 +107,24 @@ def summary(samples: list[np.ndarray]) -> dict[str, float | None]:
 
 def cells_of(artefact: dict, runs: dict[str, Result]) -> list[dict[str, Any]]:
     """A row of the CSV for each cell and metric: the datasets', then the means of domains with several tasks."""
-    lines, domains = [(row["data"], row["task"], [row]) for row in artefact["rows"]], {}
-    for row in artefact["rows"]:
-        if row["task"]:
-            domains.setdefault(domain_of(row["task"]), []).append(row)
-    for domain, rows in domains.items():
+    lines = [(row["data"], row["task"], [row]) for row in artefact["rows"]]
+    for domain in dict.fromkeys(domain_of(row["task"]) for row in artefact["rows"] if row["task"]):
+        rows = [row for row in artefact["rows"] if row["task"] and domain_of(row["task"]) == domain]
         of = [domain_of(task) for task in artefact["tasks"]].count(domain)
         if len(rows) > 1 or artefact["kind"] == "means":
             lines.append((f"{domain}, mean of {len(rows)} of {of} tasks", domain if len(rows) == of else None, rows))
     cells = []
     for (data, field, rows), (column, spec) in itertools.product(lines, artefact["columns"].items()):
-        paper = paper_numbers(artefact["source"], column, field)
+        paper, differs = paper_numbers(artefact["source"], column, field), [row["differs"] for row in rows]
         if list(artefact["metrics"]) == ["last"]:
-            paper["last"] = paper.get("RAT")  # of Table 6
+            paper["last"] = paper.get("RAT", "")  # of Table 6
         for metric in METRICS:
             samples = [sample_of(runs.get(row["runs"][column]), spec.get("acting", {}), metric) for row in rows]
             if all(sample is not None for sample in samples):
                 cell = {"data": data, "column": column, "metric": metric, "scale": artefact["scale"]}
-                cell |= summary(samples) | {"paper": paper.get(metric) or "", "source": "", "differs": ""}
-                if cell["paper"]:
-                    differs = bool(artefact["differs"] or any(row["differs"] for row in rows))
-                    cell |= {"source": artefact["source"], "differs": differs}
+                cell |= summary(samples) | {"paper": paper.get(metric, "")}
+                cell["source"] = cell["paper"] and artefact["source"]
+                cell["differs"] = cell["paper"] and any([artefact["differs"], *differs])
                 cells.append(cell)
     return cells
 
@@ -138,8 +135,7 @@ def behaviour_scores(artefact: dict, runs: dict[str, Result]) -> dict[str, float
 
 
 def domain_of(task: str) -> str:
-    robot = task.partition("-")[0]
-    return DOMAINS.get(robot, robot)
+    return TASKS[task].environment.domain.name
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -162,19 +158,15 @@ def table(cells: list[dict], behaviour: dict[str, float], text: Callable[[dict],
     for cell in cells:
         lines[cell["data"]][cell["column"]] = text(cell)
         if cell["paper"]:
-            lines[cell["data"]][f"{cell['column']}, paper"] = cell["paper"] + "*" * cell["differs"]
+            lines[cell["data"]][f"{cell['column']}, paper"] = cell["paper"] + "*" * bool(cell["differs"])
     return markdown(list(lines.values()))
 
 
 def tables(artefact: dict, cells: list[dict], behaviour: dict[str, float]) -> list[str]:
     """Of each metric the means and the interquartile means; what is not as in the paper."""
-    texts, kind = (
-        [*artefact["differs"], *(text for row in artefact["rows"] for text in row["differs"])],
-        artefact["kind"],
-    )
-    if kind == "means":
+    if artefact["kind"] == "means":
         cells = [cell for cell in cells if cell["data"] not in behaviour] or cells
-    if kind == "sweep":  # a row for each setting
+    if artefact["kind"] == "sweep":  # a row for each setting
         cells = [cell | {"data": cell["column"], "column": cell["data"]} for cell in cells]
     parts = []
     for metric in artefact["metrics"]:
@@ -182,7 +174,7 @@ def tables(artefact: dict, cells: list[dict], behaviour: dict[str, float]) -> li
             parts += [f"{NAMES[metric]}, mean and deviation over seeds:", table(of, behaviour, mean)]
             parts.append(f"{NAMES[metric]}, interquartile mean over seeds with its 95 % bootstrap interval:")
             parts.append(table([cell | {"paper": ""} for cell in of], behaviour, interquartile_mean))
-    if texts:
+    if texts := [*artefact["differs"], *(text for row in artefact["rows"] for text in row["differs"])]:
         parts.append("Not as in the paper (a star marks its numbers that do not compare):")
         parts.append("\n".join(f"- {text}" for text in dict.fromkeys(texts)))
     return parts
@@ -202,14 +194,14 @@ def every_run(runs: dict[str, Result]) -> str:
     for name, (header, updates, scores, acting) in runs.items():
         about = {"run": name, "acting": "", "algorithm": header["algorithm"], "data": header["dataset"]["dataset"]}
         about |= {"updates": f"{max(updates, default=0):,}", "episodes": str(header["args"]["eval_episodes"])}
-        about |= {"behaviour": f"{header['dataset']['behaviour_score']:.1f}"} | dict.fromkeys(METRICS, "")
-        each = ", ".join(f"{score:.1f}" for score in scores.mean(axis=1)) if len(scores) <= 10 else ""
+        about |= {"behaviour": f"{header['dataset']['behaviour_score']:.1f}"}
+        about |= dict.fromkeys([*METRICS, "at each evaluation"], "")
         results = {metric: mean_and_deviation(of(scores)) for metric, of in METRICS.items() if updates}
+        each = ", ".join(f"{score:.1f}" for score in scores.mean(axis=1)) if len(scores) <= 10 else ""
         lines.append(about | results | {"at each evaluation": each})
         for changed, of_seeds in acting.items():
             settings = ", ".join(map(" ".join, sorted(changed))) or "again"
-            results = {"acting": settings, "last": mean_and_deviation(of_seeds)}
-            lines.append(about | results | {"at each evaluation": ""})
+            lines.append(about | {"acting": settings, "last": mean_and_deviation(of_seeds)})
     return markdown(lines)
 
 

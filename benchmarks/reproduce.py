@@ -298,7 +298,10 @@ def main(args: Args) -> None:
     jobs: dict[Path, Job] = {}
     names = ARTEFACTS if "all" in args.artefacts else dict.fromkeys(args.artefacts)
     artefacts = {name: plan_artefact(name, args, jobs) for name in names}
-    args.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"Cannot write to {args.folder}/: {error.strerror}.") from None
     for record in artefacts.values():
         if record["kind"] in LINES:
             record["lines"] = list(LINES[record["kind"]](args))

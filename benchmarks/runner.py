@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+RECORDED = {"run", "update", "critics", "seed", "episode", "return", "length"}  # of acting.csv; the rest are settings
 # Before the script: cores to run on, and, on Linux, a SIGTERM when the parent dies. In a process of its own: what runs
 # between fork and exec of a program with threads may not run Python.
 PRELUDE = """
@@ -98,7 +99,7 @@ def read_run(folder: Path) -> tuple[dict, list[dict], list[dict]]:
 
 def result_of(header: dict, returns: list[dict], acting: list[dict]) -> Result:
     args, (low, high) = header["args"], header["reference_returns"] or (0, 100)
-    shape, own = (args["num_seeds"], args["eval_episodes"]), {"run", "update", "critics", "seed", "episode", "return"}
+    shape = args["num_seeds"], args["eval_episodes"]
 
     def scores(rows: Iterable[tuple[Any, dict]]) -> dict[Any, np.ndarray]:
         found: dict[Any, dict] = {}
@@ -109,7 +110,7 @@ def result_of(header: dict, returns: list[dict], acting: list[dict]) -> Result:
 
     trained = scores((int(row["update"]), row) for row in returns)
     last = [row for row in acting if int(row["update"]) == args["num_updates"] and not row["critics"]]
-    settings = lambda row: {name: value for name, value in row.items() if name not in {*own, "length"}}
+    settings = lambda row: {name: row[name] for name in row.keys() - RECORDED}
     acted = scores((other_settings(args, settings(row)), row) for row in last)
     return Result(header, list(trained), np.reshape(list(trained.values()), (-1, shape[0])), acted)
 
@@ -181,8 +182,9 @@ def run_all(jobs: list[Job], how: Execution) -> dict[Path, str]:
     print(f"{len(jobs)} runs: {len(jobs) - len(todo)} done, {begun} begun, {len(todo) - begun} to do", flush=True)
     if not todo:
         return {}
-    with watch(todo) if how.watch else contextlib.nullcontext():
-        for job, trouble in (run_ray if how.on == "ray" else run_local)(tuple(todo), how):
+    results = (run_ray if how.on == "ray" else run_local)(tuple(todo), how)
+    with contextlib.closing(results), watch(todo) if how.watch else contextlib.nullcontext():
+        for job, trouble in results:
             todo.remove(job)
             print(f"{job.name}: {trouble or 'done'}", flush=True)
             failed |= {job.folder: trouble} if trouble else {}
@@ -194,8 +196,7 @@ def run_local(jobs: Iterable[Job], how: Execution) -> Iterator[tuple[Job, str | 
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     slots, stop = queue.SimpleQueue(), threading.Event()
     for i in range(how.jobs):
-        gpu = gpu_share(i, how.gpus) if how.gpus else {}
-        slots.put((gpu, ",".join(map(str, available[i :: how.jobs] or available))))
+        slots.put((gpu_share(i, how.gpus), ",".join(map(str, available[i :: how.jobs] or available))))
 
     def in_slot(job: Job) -> str | None:
         slot = slots.get()
@@ -215,6 +216,8 @@ def run_local(jobs: Iterable[Job], how: Execution) -> Iterator[tuple[Job, str | 
 
 def gpu_share(i: int, gpus: float) -> dict[str, str]:
     """Tells the i-th of the runs at a time which GPUs are its own."""
+    if not gpus:
+        return {}
     size, sharing = math.ceil(gpus), int(1 / gpus) or 1
     given = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range((i + 1) * size)))
     first = i // sharing * size
@@ -222,7 +225,7 @@ def gpu_share(i: int, gpus: float) -> dict[str, str]:
 
 
 def memory_share(gpus: float) -> dict[str, str]:
-    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 * min(gpus, 1):.2f}"}
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 * min(gpus, 1):.2f}"} if gpus else {}
 
 
 def run_ray(jobs: Iterable[Job], how: Execution) -> Iterator[tuple[Job, str | None]]:
@@ -235,7 +238,7 @@ def run_ray(jobs: Iterable[Job], how: Execution) -> Iterator[tuple[Job, str | No
     except ImportError:
         raise SystemExit("--on ray needs Ray: `pip install ray` first, or leave --on out.") from None
     own = [name for name in os.environ if name.startswith(("MINARI_", "XDG_", "JAX_", "XLA_", "MUJOCO_"))]
-    env = {name: os.environ[name] for name in own} | (memory_share(how.gpus) if how.gpus else {})
+    env = {name: os.environ[name] for name in own} | memory_share(how.gpus)
     path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])}
     try:
         ray.init(how.address, runtime_env={"env_vars": path}, log_to_driver=False, logging_level="error")
@@ -243,6 +246,11 @@ def run_ray(jobs: Iterable[Job], how: Execution) -> Iterator[tuple[Job, str | No
         reason = str(error).strip().splitlines()[0]
         raise SystemExit(f"Cannot reach a Ray cluster at {how.address}: {reason.rstrip('.')}.") from None
     remote = ray.remote(execute).options(num_cpus=how.cores, num_gpus=how.gpus, max_retries=how.retries)
+    there = ray.cluster_resources()
+    if there.get("CPU", 0) < how.cores or there.get("GPU", 0) < how.gpus:
+        print(
+            f"A run waits for {how.cores:g} cores and {how.gpus:g} GPUs, which the cluster does not have.", flush=True
+        )
     tasks = {remote.remote(job, env): job for job in jobs}
     try:
         while tasks:
@@ -267,7 +275,7 @@ def watch(jobs: list[Job]):
     def table() -> Table:
         table = Table("run", "update", "updates/s", "last score", "time left")
         for job in jobs:
-            if (job.folder / "metrics.csv").exists():
+            with contextlib.suppress(OSError, ValueError, ArithmeticError):  # not begun, or written right now
                 table.add_row(job.name, *progress(job))
         return table
 
@@ -276,10 +284,10 @@ def watch(jobs: list[Job]):
 
 def progress(job: Job) -> tuple[str, str, str, str]:
     """Update, updates per second, last score and time left, for people."""
-    update, rate = 0, 0.0
-    for row in read_csv(job.folder / "metrics.csv")[-1:]:
-        update, rate = int(row["update"]), float(row["updates_per_second"])
     scores = result_of(*read_run(job.folder)).scores
-    left = datetime.timedelta(seconds=int((job.num_updates - update) / rate)) if rate else ""
     score = f"{scores[-1].mean():.1f}" if len(scores) else ""
-    return f"{update:,} of {job.num_updates:,}", f"{rate:.4g}", score, str(left or "evaluating")
+    if not (rows := read_csv(job.folder / "metrics.csv")):
+        return "begun", "", score, ""
+    update, rate = int(rows[-1]["update"]), float(rows[-1]["updates_per_second"])
+    left = datetime.timedelta(seconds=int((job.num_updates - update) / rate))
+    return f"{update:,} of {job.num_updates:,}", f"{rate:.4g}", score, str(left) if left else "evaluating"

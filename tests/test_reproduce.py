@@ -1,11 +1,12 @@
 """The paper redone by command: the paper's numbers, keys, reports, and sweeps that are killed and go on."""
 
+import fcntl
 import json
-import os
-import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import report
 import reproduce
 from helpers import rows_of
-from runner import ROOT, Execution, Job, execute, next_command, read_csv, run_all
+from runner import ROOT, Execution, Job, execute, gpu_share, read_csv, run_all
 
 FLAGS = "--eval-episodes 1 --batch-size 8 --num-updates 20 --eval-every 20"
 DOMAIN_TASKS = {
@@ -245,14 +246,18 @@ def test_bad_arguments_get_one_sentence(datasets, tmp_path, changes, sentence):
 
 # -------------------------------------------------------------------------------------------------------------- sweeps
 
-COMMAND = [sys.executable, str(ROOT / "benchmarks" / "reproduce.py"), "table2", "--data", "pointmaze-umaze"]
-
 
 @pytest.fixture
-def sweep_env(pointmaze_datasets, tmp_path):
+def sweep_env(pointmaze_datasets, tmp_path, monkeypatch):
     """Of child processes: quick compilation, small data, a cache for all."""
     env = {"MINARI_DATASETS_PATH": str(pointmaze_datasets), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    return env | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "PYTHONPATH": str(ROOT)}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "PYTHONPATH": str(ROOT)}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+
+
+def command(*flags):
+    return [sys.executable, str(ROOT / "benchmarks" / "reproduce.py"), *flags, "--data", "pointmaze-umaze"]
 
 
 def clone(folder, seed, num_updates):
@@ -261,10 +266,15 @@ def clone(folder, seed, num_updates):
     return Job(folder / "maze" / f"bc-{seed}", "bc", flags, num_updates)
 
 
+def wait_until(condition, timeout=600):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
-def test_what_is_done_is_not_run_again_and_a_failure_does_not_stop_the_others(sweep_env, tmp_path, monkeypatch):
-    for name, value in sweep_env.items():
-        monkeypatch.setenv(name, value)
+def test_what_is_done_is_not_run_again_and_a_failure_does_not_stop_the_others(sweep_env, tmp_path):
     jobs = [clone(tmp_path, 0, 20), clone(tmp_path, 1, 20)._replace(flags=("--no-such-flag",))]
     failed = run_all(jobs, Execution(jobs=2))
     assert list(failed) == [jobs[1].folder] and "log says why" in failed[jobs[1].folder]
@@ -273,104 +283,79 @@ def test_what_is_done_is_not_run_again_and_a_failure_does_not_stop_the_others(sw
 
 
 @pytest.mark.slow
-def test_a_killed_command_is_gone_on_with(sweep_env, tmp_path):
-    """kill -9 of the command: its child saves and ends, and the same command goes on; the numbers are the same."""
-    flags = "--flags=--eval-episodes 1 --batch-size 8 --num-updates 4000 --eval-every 2000"
-    command = [
-        *COMMAND[:2],
-        "fig3",
-        *COMMAND[3:],
-        "--num-seeds",
-        "1",
-        flags.replace("--flags=", "--flags=--preset fast "),
-    ]
-    script = "import reproduce, sys; reproduce.ARTEFACTS['fig3'] = reproduce.ARTEFACTS['fig3']._replace(columns="
-    script += "reproduce.columns('BC')); reproduce.main(reproduce.tyro.cli(reproduce.Args))"
-    env = os.environ | sweep_env | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
-    start = lambda out: subprocess.Popen([sys.executable, "-c", script, *command[2:], "--folder", str(out)], env=env)
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = start(killed)
-    while not any(killed.rglob("checkpoint-2000.eqx")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert start(killed).wait() == 0 and start(whole).wait() == 0
-    (log,) = killed.rglob("*.log")
-    assert log.read_text().count("$ python") == 2 and "--resume" in log.read_text()
-    first, second = (next(out.rglob("eval.csv")).read_text() for out in (killed, whole))
-    assert first == second
+def test_a_command_that_is_killed_repeats_nothing_and_loses_nothing(sweep_env, tmp_path):
+    """kill -9 in training, and again between two evaluations of the last policy; then the same command ends the job."""
+    flags = "--flags=--preset fast --eval-episodes 1 --batch-size 8 --num-updates 4000 --eval-every 2000"
+    start = lambda: subprocess.Popen([*command("fig7"), "--num-seeds", "1", flags, "--folder", str(tmp_path / "out")])
+    for cut in ("checkpoint-2000.eqx", "acting.csv"):
+        process = start()
+        wait_until(lambda: any(file.stat().st_size for file in tmp_path.rglob(cut)))
+        process.kill()
+        process.wait()
+    assert start().wait() == 0
+    (log,) = tmp_path.rglob("*.log")
+    first, resumed, acting, rest = [line for line in log.read_text().splitlines() if line.startswith("$ python")]
+    assert "--run-dir" in first and "--resume" in resumed
+    scales = [line.partition("--init-noise-scale ")[2].split() for line in (acting, rest)]
+    assert scales[0] == ["0.0", "0.25", "0.5", "0.75", "1.0"] and 0 < len(scales[1]) < 5
+    assert [row["update"] for row in read_csv(log.with_suffix("") / "eval.csv")] == ["2000", "4000"]
+    rows = read_csv(log.with_suffix("") / "acting.csv")
+    assert [row["init_noise_scale"] for row in rows] == scales[0] and rows_of(tmp_path / "out" / "fig7.csv")[4]
 
 
 @pytest.mark.slow
-def test_a_node_that_dies_costs_no_run(sweep_env, tmp_path, monkeypatch):
+def test_a_node_that_dies_costs_no_run(sweep_env, tmp_path):
     """Two nodes of Ray on this machine; one is killed while it trains, and every number is that of a quiet run."""
-    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    for name, value in sweep_env.items():
-        monkeypatch.setenv(name, value)
-    jobs = [clone(tmp_path / "ray", seed, 4000) for seed in range(3)]
+    jobs, quiet = ([clone(tmp_path / name, seed, 4000) for seed in range(3)] for name in ("ray", "quiet"))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    other = cluster.add_node(num_cpus=1)
-    script = "import sys, pickle, runner; sys.exit(len(runner.run_all(*pickle.loads(bytes.fromhex(sys.argv[1])))))"
-    import pickle
-
-    how = Execution(on="ray", address=cluster.address)
-    env = os.environ | sweep_env | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
-    process = subprocess.Popen([sys.executable, "-c", script, pickle.dumps((jobs, how)).hex()], env=env)
     try:
-        while len(list(tmp_path.rglob("checkpoint-2000.eqx"))) < 2:
-            assert process.poll() is None
-            time.sleep(0.05)
-        cluster.remove_node(other, allow_graceful=False)
-        assert process.wait() == 0
+        other = cluster.add_node(num_cpus=1)
+        with ThreadPoolExecutor(1) as pool:
+            sweep = pool.submit(run_all, jobs, Execution(on="ray", address=cluster.address))
+            wait_until(lambda: sweep.done() or len(list(tmp_path.rglob("checkpoint-2000.eqx"))) == 2)
+            cluster.remove_node(other, allow_graceful=False)
+            assert sweep.result() == {}
     finally:
-        process.kill()
         cluster.shutdown()
-        ray.shutdown()
-    quiet = [clone(tmp_path / "quiet", seed, 4000) for seed in range(3)]
+    assert any("--resume" in Path(f"{job.folder}.log").read_text() for job in jobs)
     assert run_all(quiet, Execution()) == {}
     for one, another in zip(jobs, quiet):
-        assert not next_command(one)
         assert (one.folder / "eval.csv").read_text() == (another.folder / "eval.csv").read_text()
-    assert any("--resume" in Path(f"{job.folder}.log").read_text() for job in jobs)
 
 
 @pytest.mark.slow
 def test_everything_at_a_thousandth(sweep_env, tmp_path):
     """Every table and figure, on the small maze."""
-    command = [
-        *COMMAND[:2],
-        "all",
-        *COMMAND[3:],
-        "--scale",
-        "0.001",
-        "--num-seeds",
-        "1",
-        "--folder",
-        str(tmp_path / "out"),
-    ]
-    command += ["--flags=--eval-episodes 1 --batch-size 8"]
-    result = subprocess.run(command, env=os.environ | sweep_env, capture_output=True, text=True)
+    flags = "--scale", "0.001", "--num-seeds", "1", "--flags=--eval-episodes 1 --batch-size 8"
+    result = subprocess.run([*command("all"), *flags, "--folder", str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     for name, artefact in reproduce.ARTEFACTS.items():
-        assert (tmp_path / "out" / f"{name}.md").read_text().startswith(f"# {artefact.title}")
-    assert len(read_csv(tmp_path / "out" / "fig4.csv")) == 8
+        assert (tmp_path / f"{name}.md").read_text().startswith(f"# {artefact.title}")
+    assert len(read_csv(tmp_path / "fig4.csv")) == 8
 
 
 def test_a_job_waits_for_the_process_that_holds_its_folder(tmp_path):
     """As a child that outlives its command, or another command."""
-    import fcntl
-    import threading
-
     job, stop = clone(tmp_path, 0, 20), threading.Event()
     job.folder.parent.mkdir(parents=True)
-    with open(f"{job.folder}.lock", "w") as lock:
+    with open(f"{job.folder}.lock", "w") as lock, ThreadPoolExecutor(1) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        waiting = threading.Thread(target=execute, args=(job, {}, "", stop))
-        waiting.start()
+        waiting = pool.submit(execute, job, {}, "", stop)
         time.sleep(0.5)
-        assert waiting.is_alive() and not job.folder.exists()
+        assert waiting.running() and not job.folder.exists()
         stop.set()
-        waiting.join()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "devices"),
+    [(0.25, "", "00001"), (0.3, "", "00011"), (1, "", "01234"), (2, "", "0,1 2,3 4,5 6,7 8,9"), (1, "4,2", "42")],
+)
+def test_runs_at_a_time_share_the_gpus_that_there_are(monkeypatch, gpus, given, devices):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    for i, expected in enumerate(devices.split() if " " in devices else devices):
+        env = gpu_share(i, gpus)
+        assert env["CUDA_VISIBLE_DEVICES"] == expected
+        assert float(env["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == pytest.approx(0.9 * min(gpus, 1), abs=0.01)
