@@ -219,7 +219,7 @@ def draw_curves(artefact: dict, runs: dict[str, Result], behaviour: dict[str, fl
     for row, axes_of_row in zip(artefact["rows"], axes):
         for ax, (metric, curve) in zip(axes_of_row, so_far.items()):
             for column, run in ((column, runs.get(name)) for column, name in row["runs"].items()):
-                if run and run.updates:
+                if run and run.updates and "acting" not in artefact["columns"][column]:
                     style = f"C{colors.index(base(column))}{'--' if base(column) == column else '-'}"
                     ax.plot(run.updates, np.mean(curve(run.scores), axis=1), style, label=column)
             if row["data"] in behaviour:

@@ -246,8 +246,8 @@ def plan_artefact(name: str, args: Args, jobs: dict[Path, Job]) -> dict[str, Any
     lengths = " or ".join(f"{number:,}" for number in updates)
     differs = {
         "the score of the last policy, where the paper has RAT": artefact.metrics == ("last",),
-        f"{lengths} updates (--scale {args.scale:g}) {args.flags}".strip(): args.scale != 1 or args.flags,
-        f"{args.num_seeds} seeds, where the paper has {SEEDS}": args.num_seeds != SEEDS,
+        f"{lengths} updates ({f'--scale {args.scale:g} {args.flags}'.strip()})": args.scale != 1 or args.flags,
+        f"seeds: {args.num_seeds}, where the paper has {SEEDS}": args.num_seeds != SEEDS,
     }
     return record | {"rows": rows, "differs": [text for text, holds in differs.items() if holds]}
 

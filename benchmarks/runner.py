@@ -241,7 +241,7 @@ def run_ray(jobs: Iterable[Job], how: Execution) -> Iterator[tuple[Job, str | No
     env = {name: os.environ[name] for name in own} | memory_share(how.gpus)
     path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])}
     try:
-        ray.init(how.address, runtime_env={"env_vars": path}, log_to_driver=False, logging_level="error")
+        ray.init(how.address or "local", runtime_env={"env_vars": path}, log_to_driver=False, logging_level="error")
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SystemExit(f"Cannot reach a Ray cluster at {how.address}: {reason.rstrip('.')}.") from None
