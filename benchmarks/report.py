@@ -251,8 +251,10 @@ def draw_speed(lines: list[dict[str, str]], file: Path) -> None:
     axes, y = figure.subplots(1, 2, sharey=True), np.arange(len(lines))
     for ax, unit in zip(axes, ("updates per second", "environment steps per second")):
         for i, (name, label) in enumerate({unit: "here", f"{unit}, paper": "paper, another machine"}.items()):
-            ax.barh(y + 0.4 * i - 0.2, [float(line[name] or "nan") for line in lines], 0.38, label=label)
-        ax.set(xscale="log", xlabel=unit)
+            bars = ax.barh(y + 0.4 * i - 0.2, [float(line[name] or "nan") for line in lines], 0.38, label=label)
+            ax.bar_label(bars, [line[name] for line in lines], padding=2)
+        ax.set(xscale="log", xlabel=unit, xmargin=0.2)
+        ax.xaxis.set_minor_formatter("")
     axes[0].set_yticks(y, [line[""] for line in lines])
     axes[0].invert_yaxis()
     save(figure, axes, file)
@@ -308,10 +310,8 @@ def write_reports(folder: Path, names: Iterable[str] | None = None) -> None:
 class Args:
     """Tables of the runs in folders; the tables and figures of their artefacts."""
 
-    folders: tyro.conf.Positional[tuple[Path, ...]]
-    """with runs, or with condensed ones"""
-    condense: Path | None = None
-    """a folder to keep the runs of the one folder in"""
+    folders: tyro.conf.Positional[tuple[Path, ...]]  # with runs, or with condensed ones
+    condense: Path | None = None  # a folder to keep the runs of the one folder in
 
 
 def main(args: Args) -> None:

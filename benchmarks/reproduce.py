@@ -102,19 +102,14 @@ ARTEFACTS = {
 class Args(Execution):
     """Redo tables and figures of the EDP paper."""
 
-    artefacts: tyro.conf.Positional[tuple[Literal[(*ARTEFACTS, "all")], ...]]
-    """what to redo"""
+    artefacts: tyro.conf.Positional[tuple[Literal[(*ARTEFACTS, "all")], ...]]  # what to redo
     data: tuple[str, ...] = ("paper",)
     """paper: the paper's tasks, from Minari; local: those of them that have a local dataset of that robot and quality;
     pointmaze: all three; or a folder with D4RL's files, names of tasks, ids of Minari datasets"""
-    scale: float = 1.0
-    """shortens every run by this factor; of its evaluations at least ten are left"""
-    num_seeds: int = SEEDS
-    """seeds of each run, trained together"""
-    flags: str = ""
-    """of every run alike: --flags="--preset fast --eval-episodes 5", with the sign of equality"""
-    folder: Path = Path("runs/reproduce")
-    """where runs and reports go"""
+    scale: float = 1.0  # shortens every run by this factor; of its evaluations at least ten are left
+    num_seeds: int = SEEDS  # seeds of each run, trained together
+    flags: str = ""  # of every run alike: --flags="--preset fast --eval-episodes 5", with the sign of equality
+    folder: Path = Path("runs/reproduce")  # where runs and reports go
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -245,7 +240,7 @@ def plan_artefact(name: str, args: Args, jobs: dict[Path, Job]) -> dict[str, Any
     updates = sorted({jobs[args.folder / run].num_updates for row in rows for run in row["runs"].values()})
     lengths = " or ".join(f"{number:,}" for number in updates)
     differs = {
-        "the score of the last policy, where the paper has RAT": artefact.metrics == ("last",),
+        "the score of the last policy, where the paper has RAT": artefact.source and artefact.metrics == ("last",),
         f"{lengths} updates ({f'--scale {args.scale:g} {args.flags}'.strip()})": args.scale != 1 or args.flags,
         f"seeds: {args.num_seeds}, where the paper has {SEEDS}": args.num_seeds != SEEDS,
     }
@@ -260,7 +255,7 @@ def hyperparameters(_: Args) -> Iterator[dict[str, str]]:
     for domain in (LOCOMOTION, ANTMAZE, ADROIT, KITCHEN):
         args, line = with_domain_defaults(importlib.import_module("algorithms.edp_td3bc").Args(), domain), {}
         for name, number in paper_numbers("Table 3", "EDP", domain.name).items():
-            line |= {name: f"{getattr(args, name):g}", f"{name}, paper": f"{float(number):g}"}
+            line |= {name: f"{getattr(args, name):,.9g}", f"{name}, paper": f"{float(number):,.9g}"}
         yield {"": domain.name} | line
 
 

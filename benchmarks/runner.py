@@ -14,6 +14,7 @@ import math
 import os
 import queue
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -56,20 +57,13 @@ class Job(NamedTuple):
 class Execution:
     """How jobs are run."""
 
-    on: Literal["local", "ray"] = "local"
-    """processes of this machine, or Ray"""
-    jobs: int = 1
-    """local: runs at a time, each on its share of the cores"""
-    cores: float = 1.0
-    """Ray: cores to reserve for each run"""
-    gpus: float = 0.0
-    """GPUs for each run, 0.25 for four runs on one"""
-    address: str | None = None
-    """Ray: of the cluster, "auto" or <host>:<port>; by default one that is started here"""
-    retries: int = 3
-    """Ray: how often a run whose node dies goes on elsewhere; -1 is always"""
-    watch: bool = False
-    """show a live table of the runs at work"""
+    on: Literal["local", "ray"] = "local"  # processes of this machine, or Ray
+    jobs: int = 1  # local: runs at a time, each on its share of the cores
+    cores: float = 1.0  # Ray: cores to reserve for each run
+    gpus: float = 0.0  # GPUs for each run, 0.25 for four runs on one
+    address: str | None = None  # Ray: of the cluster, "auto" or <host>:<port>; by default one that is started here
+    retries: int = 3  # Ray: how often a run whose node dies goes on elsewhere; -1 is always
+    watch: bool = False  # show a live table of the runs at work
 
 
 # ------------------------------------------------------------------------------------------------------- one folder
@@ -241,8 +235,11 @@ def run_ray(jobs: Iterable[Job], how: Execution) -> Iterator[tuple[Job, str | No
     env = {name: os.environ[name] for name in own} | memory_share(how.gpus)
     path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])}
     try:
+        if how.address not in (None, "auto"):
+            host, _, port = how.address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself tries for minutes
         ray.init(how.address or "local", runtime_env={"env_vars": path}, log_to_driver=False, logging_level="error")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SystemExit(f"Cannot reach a Ray cluster at {how.address}: {reason.rstrip('.')}.") from None
     remote = ray.remote(execute).options(num_cpus=how.cores, num_gpus=how.gpus, max_retries=how.retries)
