@@ -18,8 +18,9 @@ import pytest
 from helpers import ALGORITHMS, SCRIPTS, flags_of, record_hopper, rows_of, run_script, tiny
 
 from algorithms import bc, td3bc
-from common.harness import Evaluator, Run, load_run
+from common.harness import Evaluator, Run, environments, load_run
 from common.harness.checkpoint import CheckpointError, checkpoints, newest_header, save_checkpoint
+from common.harness.tasks import ENVIRONMENTS
 
 SHORT = {"num_updates": 12, "eval_every": 3, "dataset_id": "test/hopper/random-v0", "preset": "fast"}
 SETTINGS = [a if a == "td3bc" else pytest.param(a, marks=pytest.mark.slow) for a in ALGORITHMS]
@@ -43,10 +44,10 @@ def train(datasets, tmp_path, monkeypatch, quick_compilation):
     evaluate = Evaluator.__call__
 
     def call(module, folder="", stop=0, **changes):
-        def evaluations(self, policy, update):
+        def evaluations(self, policy, keys, update):
             if update == stop:
                 raise KeyboardInterrupt
-            return evaluate(self, policy, update)
+            return evaluate(self, policy, keys, update)
 
         monkeypatch.setattr(Evaluator, "__call__", evaluations)
         given = changes if "resume" in changes else tiny(module.__name__.split(".")[1]) | SHORT | changes
@@ -114,6 +115,31 @@ def test_what_was_written_after_the_checkpoint_is_written_once(train, tmp_path):
         file.write_bytes(file.read_bytes()[:-4])
     train(td3bc, resume=str(tmp_path / "cut"))
     same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_videos_show_every_step_of_an_episode_and_change_no_number(train, tmp_path, monkeypatch):
+    """Of a run that is filmed from its second evaluation on, in small pictures, each of them decoded."""
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="moviepy of requirements-dev.txt brings it")
+    make = environments.make_env
+    monkeypatch.setattr(environments, "make_env", lambda env, **more: make(env, **more, width=64, height=64))
+    try:
+        environments.check_camera(ENVIRONMENTS["Hopper"])
+    except SystemExit as error:
+        pytest.skip(error.code)
+    train(td3bc, tmp_path / "whole", num_updates=9)
+    with pytest.raises(KeyboardInterrupt):
+        train(td3bc, tmp_path / "filmed", stop=6, num_updates=9)
+    train(td3bc, resume=str(tmp_path / "filmed"), capture_video=True)
+    same_run(tmp_path / "whole", tmp_path / "filmed")
+    videos = {path.stem: path for path in (tmp_path / "filmed" / "videos").iterdir()}
+    assert set(videos) == {"update-6", "update-9"}
+    for row in rows_of(tmp_path / "filmed" / "eval.csv")[4::4]:  # the first seed's first episode
+        decode = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(videos[f"update-{row['update']}"])]
+        decode += ["-f", "rawvideo", "-pix_fmt", "gray", "-"]
+        pictures = np.frombuffer(subprocess.run(decode, capture_output=True, check=True).stdout, np.uint8)
+        pictures = pictures.reshape(int(row["length"]) + 1, 64 * 64)
+        assert pictures.std(axis=1).min() > 10, "none is of one colour"
+        assert len(np.unique(pictures, axis=0)) > len(pictures) / 2, "they move"
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from minari.storage.remotes import DEFAULT_REMOTE, get_cloud_storage
 from common.harness import bandit, ogbench, pointmaze
 from common.harness.d4rl import d4rl_task, read_d4rl
 from common.harness.environments import (
+    check_camera,
     make_env,
     make_gym_env,
     observation_parts,
@@ -70,6 +71,8 @@ def setup(args, iql: bool = False):
     if args.dataset_path is not None:
         args = dataclasses.replace(args, dataset_path=str(Path(args.dataset_path).expanduser().absolute()))
     task = resolve_task(args.env_id, args.dataset_id, args.dataset_path, args.trust)
+    if args.capture_video:
+        check_camera(task.environment)
     return with_domain_defaults(args, task.environment.domain, iql), task
 
 
@@ -152,6 +155,8 @@ def _ensure_local(dataset_id: str) -> str:
         print(f"Downloading {dataset_id} from {remote}, {size or '?'} MB, into {path} ...", flush=True)
         with _staged(path, float(size or 0)), patch.dict(os.environ, MINARI_REMOTE=remote):  # also of its namespace
             minari.download_dataset(dataset_id)
+    except ImportError:  # of Google's client
+        raise SystemExit(f"{remote} needs a package: `pip install google-cloud-storage` first.") from None
     except Exception as error:  # the client's classes differ from version to version
         raise SystemExit(
             f"Dataset {dataset_id} is not on this machine and could not be downloaded from {remote} "

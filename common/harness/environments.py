@@ -4,26 +4,37 @@ Data name the environment that they were made in, by a path to code. Only that o
 and of packages that the user trusts is ever imported.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import importlib
 import io
+import itertools
+import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from unittest.mock import patch
 
 import gymnasium
-import mujoco
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
-from jaxtyping import Array
+from jaxtyping import Array, Key
 
 from common.harness.records import Episodes
 from common.harness.tasks import OTHER, TASKS, Environment, Task
 
+NO_PICTURES = "install Debian's libegl1 and set MUJOCO_GL=egl, or libosmesa6 and MUJOCO_GL=osmesa"
+try:
+    import mujoco
+except (ImportError, AttributeError, RuntimeError):
+    way = os.environ.get("MUJOCO_GL", "")
+    raise SystemExit(f"MuJoCo cannot draw by MUJOCO_GL={way} here: unset it, or {NO_PICTURES}.") from None
+
 TRUSTED = ("gymnasium", "gymnasium_robotics", "ogbench")
+MODEL_BYTES = 2**30  # of all copies of an environment together
 MAX_STEPS = 10_000  # a longer episode is one to record in: its evaluation would not end
 PICTURES = ("render_mode", "width", "height", "camera_id", "camera_name", "default_camera_config", "max_geom")
 ONLOOKERS = ("RecordEpisodeStatistics", "RecordVideo", "HumanRendering", "RenderCollection", "PassiveEnvChecker")
@@ -167,9 +178,9 @@ class Protocol(gymnasium.Wrapper):
         return obs, reward, terminated, truncated, info
 
 
-def make_env(environment: Environment) -> gymnasium.Env:
+def make_env(environment: Environment, **options) -> gymnasium.Env:
     """One evaluation environment that takes actions in [-1, 1] and returns flat observations."""
-    env = make_gym_env(environment.gym_id, **environment.kwargs, max_episode_steps=environment.max_steps)
+    env = make_gym_env(environment.gym_id, **environment.kwargs, max_episode_steps=environment.max_steps, **options)
     env, keys = Protocol(env, environment), environment.obs_keys
     space = env.observation_space
     if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
@@ -185,51 +196,97 @@ def make_env(environment: Environment) -> gymnasium.Env:
         return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
+class Video(gymnasium.wrappers.RecordVideo):
+    """Of an episode that was not played to its end nothing is left, and nothing said."""
+
+    def __del__(self):
+        pass
+
+
+def check_camera(environment: Environment) -> None:
+    """Draws one picture, by EGL if no other way is named. Exits with the remedy if there can be no video here."""
+    if "rgb_array" not in make_env(environment).metadata.get("render_modes", ()):
+        raise SystemExit("The environment of this task cannot be drawn: leave --capture-video out.")
+    try:
+        import moviepy  # noqa: F401
+    except ImportError:
+        raise SystemExit("--capture-video needs MoviePy: `pip install moviepy` first, or leave it out.") from None
+    try:
+        if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & set(os.environ):
+            os.environ["MUJOCO_GL"] = "egl"
+            importlib.reload(mujoco.gl_context)  # which has read it before
+        with _quietly():
+            env = make_env(environment, render_mode="rgb_array")
+            env.reset(seed=0)
+            env.render()
+            env.close()
+    except Exception as error:
+        raise SystemExit(
+            f"--capture-video cannot draw here ({' '.join(str(error).split())}): {NO_PICTURES}, or leave it out."
+        ) from None
+
+
 class Evaluator:
     """Copies of an environment for a batch of seeds, kept for the whole run.
 
     Every copy plays one episode and is then left alone, so there is no automatic reset to get wrong. A copy's start
-    depends on (seed, update, episode) only: seeds trained together see what each would see alone.
+    depends on (seed, update, episode) only: seeds trained together see what each would see alone. The first episode of
+    the first seed becomes a video in the folder `videos`, if there is one.
     """
 
-    def __init__(self, environment: Environment, seeds: list[int], num_episodes: int):
-        self.environment, self.seeds, self.num_episodes = environment, seeds, num_episodes
+    def __init__(self, environment: Environment, seeds: list[int], num_episodes: int, videos: Path | None = None):
+        self.environment, self.seeds, self.num_episodes, self.videos = environment, seeds, num_episodes, videos
 
     @cached_property
     def envs(self) -> list[list[gymnasium.Env]]:
         """By seed and episode; made at the first evaluation, so that training starts without them.
 
-        Copies of a maze share MuJoCo's model, of up to 12 MB: it differs by the picture of the goal alone.
+        As many as their models, of up to 66 MB, fit into `MODEL_BYTES`: the episodes then take turns.
         """
-        models, load = {}, mujoco.MjModel.from_xml_path
+        env = make_env(self.environment)
+        env.reset(seed=0)
+        size = len(self.seeds) * getattr(getattr(env.unwrapped, "model", None), "nbuffer", 0)
+        fits = lambda num: num == 1 or (self.num_episodes % num == 0 and num * size <= MODEL_BYTES)
+        copies = max(filter(fits, range(1, self.num_episodes + 1)))
+        envs = [[make_env(self.environment) for _ in range(copies)] for _ in self.seeds]
+        if self.videos is not None:
+            with _quietly():  # a resumed run's folder is there
+                camera = make_env(self.environment, render_mode="rgb_array")
+                atexit.register(camera.close)  # later its libraries are gone
+                envs[0][0] = Video(camera, str(self.videos), episode_trigger=lambda episode: False)
+        return envs
 
-        def load_once(path: str) -> mujoco.MjModel:
-            text = Path(path).read_bytes()
-            return models[text] if text in models else models.setdefault(text, load(path))
+    def __call__(self, act: Callable[..., Array], keys: Key[Array, "seeds episodes"], update: int) -> Episodes:
+        """`act(obs, keys, step)` maps (seeds, copies, obs_dim) at a step of as many episodes to actions in [-1, 1].
 
+        `keys` has one for each episode. Exits if the environment returns what is not finite.
+        """
+        copies = len(self.envs[0])
+        turns = [self._play(act, keys[:, i : i + copies], update, i) for i in range(0, self.num_episodes, copies)]
+        returns, lengths, paths = zip(*turns)
         is_maze = self.environment.cells is not None
-        with patch.object(mujoco.MjModel, "from_xml_path", load_once) if is_maze else contextlib.nullcontext():
-            return [[make_env(self.environment) for _ in range(self.num_episodes)] for _ in self.seeds]
+        maze, paths = (self.envs[0][0].unwrapped.maze, [*itertools.chain(*paths)]) if is_maze else (None, [])
+        return Episodes(np.concatenate(returns, axis=1), np.concatenate(lengths, axis=1), paths, maze)
 
-    def __call__(self, act: Callable[..., Array], update: int) -> Episodes:
-        """`act(obs, step)` maps (seeds, episodes, obs_dim) at a step of the episodes to actions in [-1, 1].
-
-        Exits if the environment returns what is not finite.
-        """
-        shape = len(self.seeds), self.num_episodes
+    def _play(self, act: Callable[..., Array], keys: Key[Array, "seeds copies"], update: int, first: int):
+        """(returns, lengths, paths of the first seed) of the episodes from number `first` on, one in each copy."""
+        shape = np.shape(self.envs)
         start = lambda *ids: int(np.random.SeedSequence(ids).generate_state(1)[0])
         obs = np.array(
             [
-                [env.reset(seed=start(seed, update, episode))[0] for episode, env in enumerate(row)]
+                [env.reset(seed=start(seed, update, episode))[0] for episode, env in enumerate(row, first)]
                 for seed, row in zip(self.seeds, self.envs)
             ],
             np.float32,
         )
         returns, lengths = np.zeros(shape), np.zeros(shape, int)
-        paths = [[] for _ in range(self.num_episodes)]
-        running, step = list(np.ndindex(shape)), 0
+        paths, running, step = [[] for _ in range(shape[1])], list(np.ndindex(shape)), 0
+        video = self.envs[0][0] if self.videos and first == 0 else None
+        if video:
+            video.start_recording(f"update-{update}")
+            video.recorded_frames.append(video.render())
         while running:
-            action = np.asarray(act(obs, step))
+            action = np.asarray(act(obs, keys, step))
             still_running = []
             for i, j in running:
                 if i == 0:
@@ -237,14 +294,14 @@ class Evaluator:
                 obs[i, j], reward, terminated, truncated, _ = self.envs[i][j].step(action[i, j])
                 if not (np.isfinite(reward) and np.isfinite(obs[i, j]).all()):
                     raise SystemExit(
-                        f"The environment broke down, update {update}, seed {self.seeds[i]}, episode {j}, step {step}: "
-                        f"reward {reward}, or an observation that is not finite."
+                        f"The environment broke down, update {update}, seed {self.seeds[i]}, episode {first + j}, step "
+                        f"{step}: reward {reward}, or an observation that is not finite."
                     )
                 returns[i, j] += reward
                 lengths[i, j] += 1
                 if not (terminated or truncated):
                     still_running.append((i, j))
             running, step = still_running, step + 1
-        paths = [np.array([*path, last[:2]]) for path, last in zip(paths, obs[0])]
-        is_maze = self.environment.cells is not None
-        return Episodes(returns, lengths, paths if is_maze else [], self.envs[0][0].unwrapped.maze if is_maze else None)
+        if video:
+            video.stop_recording()
+        return returns, lengths, [np.array([*path, last[:2]]) for path, last in zip(paths, obs[0])]

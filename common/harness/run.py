@@ -2,7 +2,7 @@
 
 A run is a function of (seed, update), so a checkpoint and what was recorded until then are all that it needs to go on.
 
-runs/<env-id>__<algorithm>__<seed>__<time>/
+runs/<env-id>__<exp-name>__<seed>__<time>/
     args.json            all arguments, versions, git commit, statistics of the dataset
     metrics.csv          losses and the like, by update and seed
     eval.csv             every raw return of every evaluation
@@ -10,6 +10,7 @@ runs/<env-id>__<algorithm>__<seed>__<time>/
     checkpoint-*.eqx     the training state of all seeds after the updates named: the last two
     learning_curve.png   score against updates
     paths.png            mazes only: the policy's evaluation paths
+    videos/              with --capture-video: of each evaluation, the first seed's first episode
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -58,7 +60,7 @@ MIN_CHUNK, MAX_CHUNK = 100, 1000  # updates between two signs of life
 RAT_WINDOW = 10  # evaluations in the running average at training
 MAX_BOARDS = 32  # seeds in TensorBoard, which opens three files for each; the CSV files hold all
 MIN_SPACE = 2**24  # bytes that the folder's file system has left
-FREE = ("num_updates", "checkpoint_every", "trust")  # what --resume may change
+FREE = ("num_updates", "checkpoint_every", "trust", "capture_video")  # what --resume may change
 
 
 # ------------------------------------------------------------------------------------------------------- devices
@@ -123,19 +125,21 @@ class Run:
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": python_version()},
             "git_commit": git_commit(),
             "device": jax.devices()[0].device_kind,
+            "id": secrets.token_hex(4),  # the run's, wherever its folder goes
             "update": 0,
         }
         try:
             self.folder = self._open_folder() if args.resume else self._make_folder()
         except OSError as error:
             raise SystemExit(f"Cannot write to the run directory: {error}.") from None
-        self.tracker = _start_wandb(self.folder.name, args) if args.track else None
+        self.trackers = self._start_wandb() if args.track else []
+        self.videos = self.folder / "videos" if args.capture_video else None
         print(f"{self.algorithm} on {task.env_id} ({task.environment.domain.name} defaults), files in {self.folder}/")
         print(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(args).items()), flush=True)
 
     def _make_folder(self) -> Path:
         """A folder with args.json, which only one of several runs that want it can make."""
-        name = f"{self.task.env_id}__{self.algorithm}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{self.task.env_id}__{self.args.exp_name}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         suffixes = itertools.chain([""], (f"-{i}" for i in itertools.count(1)))
         given = None if self.args.run_dir is None else Path(self.args.run_dir).expanduser()
         for folder in (given or Path("runs") / f"{name}{suffix}" for suffix in suffixes):
@@ -163,7 +167,7 @@ class Run:
         for name in ("versions", "device", "git_commit"):
             if old.get(name) != self.header[name]:
                 print(f"Note: {name} differ from those that the run began with; its numbers may, too.")
-        self.header["update"] = old["update"]
+        self.header |= {"id": old.get("id"), "update": old["update"]}
         write_atomically(folder / "args.json", json.dumps(self.header | {"update": 0}, indent=2).encode())
         return folder
 
@@ -174,6 +178,24 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"Another process is at work in {folder}/.") from None
+
+    def _start_wandb(self) -> list:
+        """For each seed a run of Weights & Biases, in a group; --resume goes on with the same ones."""
+        group, project, runs = self.folder.name, os.environ.get("WANDB_PROJECT", "edp"), []
+        settings = {"project": project, "group": group, "resume": "allow", "reinit": "create_new"}
+        config = {"algorithm": self.algorithm} | dataclasses.asdict(self.args)
+        try:
+            import wandb
+
+            for seed in self.seeds:
+                of_seed = {"name": f"{group}__seed_{seed}", "id": f"{self.header['id']}-{seed}"}
+                runs.append(wandb.init(**settings, **of_seed, config=config | {"seed": seed}))
+                runs[-1].define_metric("*", step_metric="update")
+        except ImportError:
+            raise SystemExit("--track logs to Weights & Biases: `pip install wandb` first, or leave it out.") from None
+        except wandb.Error as error:
+            raise SystemExit(f"Weights & Biases cannot be used: {str(error).rstrip('.')}.") from None
+        return runs
 
     def __enter__(self):
         for left in self.folder.glob("*.tmp"):
@@ -213,15 +235,15 @@ class Run:
             scores, score = np.array(list(self.scores.values())), self.behaviour.statistics["behaviour_score"]
             curve = self.folder / "learning_curve.png"
             _draw(plots.learning_curve, list(self.scores), scores, self.seeds, score, title, self.unit, curve)
-        if self.tracker is not None:
-            self.tracker.finish()
+        for tracker in self.trackers:
+            tracker.finish()
         os.close(self.lock)
         command = f"python {os.path.relpath(self.script)} --resume {shlex.quote(str(self.folder))}"
         if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and isinstance(error.code, int)):
             print(f"Stopped after update {self.header['update']}. To go on: {command}", file=sys.stderr)
         if isinstance(error, OSError):
             raise SystemExit(
-                f"Cannot write to {self.folder}/: {error.strerror}. All that was saved, up to update "
+                f"Cannot write to {self.folder}/: {error.strerror or 'a video'}. All that was saved, up to update "
                 f"{self.header['update']}, is good. To go on from there: {command}"
             ) from None
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -289,7 +311,8 @@ class Run:
         rate = self.bar.format_dict["rate"] or update / max(self.bar.format_dict["elapsed"], 1e-9)
         for i, seed in enumerate(self.seeds):
             self.csv["metrics"].writerow([update, seed, f"{rate:.4g}", *(f"{mean[i]:.6g}" for mean in means.values())])
-        self._write_scalars(update, {f"train/{name}": mean for name, mean in means.items()})
+        scalars = {f"train/{name}": mean for name, mean in means.items()}
+        self._write_scalars(update, scalars | {"charts/updates_per_second": np.full(len(self.seeds), rate)})
         self.files["metrics"].flush()
         shown = {name: f"{mean.mean():.3g}" for name, mean in means.items() if name.endswith("loss")}
         if self.scores:
@@ -336,6 +359,8 @@ class Run:
         for name, of_seeds in values.items():
             for board, value in zip(self.boards, of_seeds):
                 board.add_scalar(name, float(value), update)
+        for i, tracker in enumerate(self.trackers):
+            tracker.log({"update": update} | {name: float(of_seeds[i]) for name, of_seeds in values.items()})
 
 
 def mean_and_deviation(values: np.ndarray) -> str:
@@ -350,14 +375,6 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _start_wandb(name: str, args):
-    try:
-        import wandb
-    except ImportError:
-        raise SystemExit("--track logs to Weights & Biases: `pip install wandb` first, or leave --track out.") from None
-    return wandb.init(project="edp", name=name, config=dataclasses.asdict(args), sync_tensorboard=True)
 
 
 def _read_rows(file: Path, last: int) -> list[list[str]]:

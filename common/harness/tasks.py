@@ -21,6 +21,7 @@ RewardRule = Literal["none", "normalize", "cql_antmaze", "iql_antmaze", "iql_loc
 Preset = Literal["paper", "fast"]
 # What "fast" sets, for runs of some thousands of updates: README, "Short of compute?".
 FAST = {"tau": 0.2, "critic_layer_norm": True, "normalize_obs": True, "prediction": "action", "lr_decay": True}
+FAST_DDPM = {"num_diffusion_steps": 5, "beta_schedule": "vp"}  # on the toy, as well: the chain of Diffusion-QL's code
 
 
 class Domain(NamedTuple):
@@ -178,8 +179,8 @@ def find_task(env_id: str) -> Task:
 def with_domain_defaults(args, domain: Domain, iql: bool = False):
     """`args` with every field that is None set to the domain's default; `iql` chooses IQL's reward rule.
 
-    The preset "fast" then sets the fields of `FAST` that are at their default. A run shorter than the domain's
-    evaluation interval is evaluated once, at its end. Exits if the updates are no multiple of that interval.
+    The preset "fast" then sets the fields of `FAST` (`FAST_DDPM`) that are at their default. A run shorter than the
+    domain's evaluation interval is evaluated once, at its end. Exits if the updates are no multiple of that interval.
     """
     defaults = domain._asdict() | ({"reward_rule": domain.iql_reward_rule} if iql else {})
     if args.num_updates is not None:
@@ -187,8 +188,9 @@ def with_domain_defaults(args, domain: Domain, iql: bool = False):
     unset = [field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None]
     args = dataclasses.replace(args, **{name: defaults[name] for name in unset if name in defaults})
     if args.preset == "fast":
+        fast = FAST | FAST_DDPM if domain == BANDIT and getattr(args, "sampler", None) == "ddpm" else FAST
         at_default = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) == field.default}
-        args = dataclasses.replace(args, **{name: value for name, value in FAST.items() if name in at_default})
+        args = dataclasses.replace(args, **{name: value for name, value in fast.items() if name in at_default})
     if args.num_updates % args.eval_every:
         multiple = max(args.num_updates // args.eval_every, 1) * args.eval_every
         raise SystemExit(
