@@ -271,11 +271,8 @@ def save(figure: Figure, axes: np.ndarray, file: Path) -> None:
 
 def write_report(folder: Path, name: str, artefact: dict, runs: dict[str, Result]) -> str:
     """Writes <name>.md, <name>.csv and <name>.png of an entry of artefacts.json; returns the Markdown."""
-    parts, picture, kind = (
-        [f"# {artefact['title']}", f"`{artefact['command']}`"],
-        folder / f"{name}.png",
-        artefact["kind"],
-    )
+    parts = [f"# {artefact['title']}", f"`{artefact['command']}`"]
+    picture, kind = folder / f"{name}.png", artefact["kind"]
     if "lines" in artefact:
         rows = artefact["lines"]
         parts.append(markdown(rows))
@@ -318,9 +315,10 @@ def main(args: Args) -> None:
     if args.condense is not None and len(args.folders) != 1:
         raise SystemExit("--condense takes the runs of one folder.")
     for folder in args.folders:
-        if not (runs := read_runs(folder)) and not (folder / "artefacts.json").exists():
+        if runs := read_runs(folder):
+            print(every_run(runs))
+        elif not (folder / "artefacts.json").exists():
             raise SystemExit(f"There are no runs in {folder}/.")
-        print(every_run(runs))
         write_reports(folder)
         if args.condense is not None:
             condense(folder, args.condense)

@@ -288,8 +288,12 @@ def main(args: Args) -> None:
     positive = args.scale, args.num_seeds, args.jobs, args.cores
     if not args.artefacts or not all(0 < value < math.inf for value in positive):
         raise SystemExit("Name a table or figure; --scale, --num-seeds, --jobs and --cores have to be positive.")
-    if not (0 <= args.gpus <= 1 or args.gpus % 1 == 0):
+    if not (0 <= args.gpus <= 1 or (args.gpus > 1 and args.gpus % 1 == 0)):
         raise SystemExit(f"--gpus has to be a part of one GPU or a whole number of them, but is {args.gpus}.")
+    try:
+        shlex.split(args.flags)
+    except ValueError as error:
+        raise SystemExit(f"--flags cannot be split into words: {error}.") from None
     jax.config.update("jax_platforms", "cpu")  # of this process: a GPU is for the runs
     jobs: dict[Path, Job] = {}
     names = ARTEFACTS if "all" in args.artefacts else dict.fromkeys(args.artefacts)

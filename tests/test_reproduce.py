@@ -234,6 +234,10 @@ def test_scale_shortens_a_run_and_leaves_ten_evaluations(pointmaze_datasets, tmp
     [
         ({"artefacts": ()}, "Name a table or figure"),
         ({"scale": 0.0}, "have to be positive"),
+        ({"scale": float("nan")}, "have to be positive"),
+        ({"gpus": -1}, "--gpus has to be"),
+        ({"gpus": 1.5}, "--gpus has to be"),
+        ({"flags": "'"}, "No closing quotation"),
         ({"data": ("nobody/has/this-v0",)}, "Dataset nobody/has/this-v0 is not on this machine"),
         ({"data": ("local",)}, "has none of table2's tasks"),
     ],
