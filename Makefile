@@ -21,7 +21,7 @@ docs: .venv/.installed-docs  ## the site, in site/: open site/index.html, no net
 	NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --strict
 
 figures: .venv/.installed  ## tables and pictures of the docs again, from benchmarks/results/
-	$(VENV)/python benchmarks/report.py benchmarks/results/*/ --quiet
+	$(VENV)/python benchmarks/report.py benchmarks/results/*/
 
 clean:
 	rm -rf .venv site

@@ -20,6 +20,7 @@ All differences from the paper and from the official code are in docs/difference
 # ------------------------------------------------------------------------------------------------------ imports
 import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
@@ -45,86 +46,62 @@ class Args:
     """Flags whose default is None take the value that their text names; all are shown at the start of the run."""
 
     # Experiment
+    exp_name: str = Path(__file__).stem  # the run's name in its folder's
     env_id: str = "pointmaze-umaze"
     """the task, one of `python -m common.harness.tasks` or of OGBench (cube-single-play-singletask-v0, ...)"""
-    dataset_id: str | None = None
-    """any Minari dataset, remote or local; its own environment then replaces --env-id"""
-    dataset_path: str | None = None
-    """a file of the task, D4RL's (HDF5) or OGBench's (npz), in place of downloaded data"""
+    dataset_id: str | None = None  # any Minari dataset, remote or local; its own environment then replaces --env-id
+    dataset_path: str | None = None  # a file of the task, D4RL's (HDF5) or OGBench's (npz), in place of downloaded data
     trust: str = ""
     """packages, a,b,..., whose code the data may run as their environment, beside Gymnasium's and OGBench's"""
     reward_rule: RewardRule | None = None
     """rewards: bandit, mazes cql_antmaze (IQL's mazes iql_antmaze), locomotion none (iql_locomotion), else normalize"""
     preset: Preset | None = None
     """paper; or fast, for some thousands of updates (README, "Short of compute?"), which is pointmaze's default"""
-    normalize_obs: bool = False
-    """standardise observations by the dataset's mean and deviation"""
-    seed: NonNegative[int] = 0
-    """the first seed; a run is a function of (seed, update)"""
-    num_seeds: Positive[int] = 1
-    """seeds trained together in one program: seed, seed + 1, ..."""
-    resume: str | None = None
-    """go on with the run in this folder; --num-updates may be larger than it was"""
-    checkpoint_every: Positive[float] = 10.0
-    """minutes between checkpoints, besides those at evaluations"""
-    run_dir: str | None = None
-    """where to write; by default runs/<env-id>__<algorithm>__<seed>__<time>"""
-    track: bool = False
-    """log to Weights & Biases as well"""
-    capture_video: bool = False
-    """an MP4 of an episode of each evaluation, in the run's folder videos/"""
+    normalize_obs: bool = False  # standardise observations by the dataset's mean and deviation
+    seed: NonNegative[int] = 0  # the first seed; a run is a function of (seed, update)
+    num_seeds: Positive[int] = 1  # seeds trained together in one program: seed, seed + 1, ...
+    resume: str | None = None  # go on with the run in this folder; --num-updates may be larger than it was
+    checkpoint_every: Positive[float] = 10.0  # minutes between checkpoints, besides those at evaluations
+    run_dir: str | None = None  # where to write; by default runs/<env-id>__<exp-name>__<seed>__<time>
+    track: bool = False  # log to Weights & Biases as well
+    capture_video: bool = False  # an MP4 of an episode of each evaluation, in the run's folder videos/
 
     # Evaluation
     eval_every: Positive[int] | None = None
     """updates between evaluations: 10,000; in pointmaze 1,000, in bandit 100, in OGBench 100,000"""
     eval_episodes: Positive[int] | None = None
     """episodes of each evaluation, for each seed: 10; in mazes and bandit 100, in OGBench 50"""
-    num_eval_actions: Positive[int] = 10
-    """N of energy-based action selection (Alg. 2); 1 is plain sampling"""
-    policy_temperature: NonNegative[float] = 1.0
-    """scales the predicted noise when acting (C.4)"""
-    init_noise_scale: NonNegative[float] = 1.0
-    """scales the initial noise a^K when acting (C.4)"""
+    num_eval_actions: Positive[int] = 10  # N of energy-based action selection (Alg. 2); 1 is plain sampling
+    policy_temperature: NonNegative[float] = 1.0  # scales the predicted noise when acting (C.4)
+    init_noise_scale: NonNegative[float] = 1.0  # scales the initial noise a^K when acting (C.4)
 
     # Optimisation
     num_updates: Positive[int] | None = None
     """gradient updates: 2,000,000 in locomotion, 3,000 in pointmaze, 400 in bandit, else 1,000,000"""
-    batch_size: Positive[int] = 256
-    """transitions of an update"""
+    batch_size: Positive[int] = 256  # transitions of an update
     learning_rate: Positive[float] | None = None
     """Adam's, for all networks: 3e-4; in adroit 3e-5 (Table 3), in bandit 3e-3"""
-    lr_decay: bool = False
-    """cosine decay of the policy's learning rate to 0"""
-    max_grad_norm: Positive[float] = 5.0
-    """gradient-norm clip of each network (Table 3)"""
-    gamma: UnitInterval[float] = 0.99
-    """discount"""
-    tau: UnitInterval[float] = 0.005
-    """Polyak rate of the targets"""
+    lr_decay: bool = False  # cosine decay of the policy's learning rate to 0
+    max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network (Table 3)
+    gamma: UnitInterval[float] = 0.99  # discount
+    tau: UnitInterval[float] = 0.005  # Polyak rate of the targets
     critic_layer_norm: bool = False
     """layer normalisation in the value networks, as RLPD (Ball et al. 2023) and ReBRAC (Tarasov et al. 2023) advise"""
 
     # Diffusion
-    num_diffusion_steps: Positive[int] = 1000
-    """K; in bandit, for DDPM, 5 with --beta-schedule vp"""
-    beta_schedule: ScheduleName = "linear"
-    """noise schedule; "vp" for few steps"""
+    num_diffusion_steps: Positive[int] = 1000  # K; in bandit, for DDPM, 5 with --beta-schedule vp
+    beta_schedule: ScheduleName = "linear"  # noise schedule; "vp" for few steps
     prediction: Prediction = "noise"
     """what the network predicts: the noise in a^k, as the paper, or the clean action a^0"""
-    sampler: Literal["dpm", "ddpm"] = "dpm"
-    """DPM-Solver, or all K steps of DDPM"""
-    num_solver_calls: Positive[int] = 15
-    """network calls of DPM-Solver"""
-    solver_order: Positive[int] = 3
-    """order of DPM-Solver: 1 (DDIM), 2 or 3"""
+    sampler: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver, or all K steps of DDPM
+    num_solver_calls: Positive[int] = 15  # network calls of DPM-Solver
+    solver_order: Positive[int] = 3  # order of DPM-Solver: 1 (DDIM), 2 or 3
 
     # Algorithm
     eta: NonNegative[float] | None = None
     """weight of the guidance loss (lambda of Alg. 1): 1; in adroit 0.1, in the kitchen 0.005 (Table 3)"""
-    max_q_backup: bool = False
-    """back up the best of 10 next actions, as Diffusion-QL in antmaze"""
-    action_approx: bool = True
-    """guide the approximated action (Eq. 9); without it the sampled one, through the whole sampler"""
+    max_q_backup: bool = False  # back up the best of 10 next actions, as Diffusion-QL in antmaze
+    action_approx: bool = True  # guide the approximated action (Eq. 9), not one that the whole sampler draws
 
     def __post_init__(self):  # an impossible diffusion raises ValueError
         make_schedule(self.beta_schedule, self.num_diffusion_steps)
@@ -315,9 +292,8 @@ def train(args: Args) -> dict:
                 run.log_metrics(update, metrics)
                 run.save(update, state)
             if run.evaluation_due(update):
-                keys = run.episode_keys(act_keys, update)
-                policy = lambda obs, step: act(state, (obs - mean) / std, keys, step, args)
-                run.log_evaluation(update, evaluate(policy, update))
+                policy = lambda obs, keys, step: act(state, (obs - mean) / std, keys, step, args)
+                run.log_evaluation(update, evaluate(policy, run.episode_keys(act_keys, update), update))
         return run.finish()
 
 

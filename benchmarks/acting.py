@@ -155,7 +155,7 @@ def act_again(folder: Path, args: Args) -> None:
     with file:
         heading = ["update", "critics", *SETTINGS, "seed", "episode", "return", "length"]
         for variant in todo:
-            episodes = evaluate(lambda obs, step: run.act(obs, keys, step, variant), update)
+            episodes = evaluate(lambda obs, keys, step: run.act(obs, keys, step, variant), keys, update)
             settings = {name: getattr(variant, name, "") for name in SETTINGS}
             rows = [] if file.tell() else [heading]
             for (i, j), value in np.ndenumerate(episodes.returns):

@@ -10,35 +10,42 @@ other settings of acting (Fig. 4 to 7, Table 6) evaluates the last policies of t
 <folder>/<name>.md, .csv and .png; report.py writes them anew. Several nodes: docs/reproduce.md.
 """
 
+import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 import ast
 import dataclasses
 import functools
 import hashlib
 import importlib
+import itertools
 import json
+import math
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import tyro
 from minari.storage.datasets_root_dir import get_dataset_path
-from report import PAPER, read_runs, write_report
+from report import PAPER, paper_numbers, write_reports
 from runner import ROOT, Execution, Job, run_all
 
 from common.harness import setup
+from common.harness.checkpoint import write_atomically
 from common.harness.run import PACKAGES, RAT_WINDOW
 from common.harness.tasks import ADROIT, ANTMAZE, KITCHEN, LOCOMOTION, TASKS, with_domain_defaults
 
 # ------------------------------------------------------------------------------------------------------- the artefacts
 
-DOMAINS = (LOCOMOTION, ANTMAZE, ADROIT, KITCHEN)
 PAPER_TASKS = tuple(name for name in TASKS if name in PAPER[0])
 LOCOMOTION_TASKS = tuple(name for name in PAPER_TASKS if TASKS[name].environment.domain is LOCOMOTION)
+WALKERS = ("walker2d-medium", "walker2d-medium-replay", "walker2d-medium-expert")
+THREE = ("walker2d-medium-expert", "hopper-medium-expert", "antmaze-medium-diverse")
 SEEDS = 5  # of the paper
 COLUMNS = {  # file of the algorithm, and its own flags
     "BC": "bc",
@@ -60,90 +67,49 @@ class Artefact(NamedTuple):
     columns: dict[str, dict[str, Any]] = {}  # flags, and settings of acting that differ from the run's
     metrics: tuple[str, ...] = ("last",)
     tasks: tuple[str, ...] = PAPER_TASKS
-    kind: Literal["table", "means", "sweep", "lines", "speed"] = "table"
-    differs: tuple[str, ...] = ()  # from the paper's protocol
+    kind: Literal["table", "means", "sweep", "hyperparameters", "speeds"] = "table"
 
 
 def columns(*names: str) -> dict[str, dict[str, Any]]:
     return {name: {"flags": COLUMNS[name]} for name in names}
 
 
-def sweep(title: str, setting: str, values: tuple, **fixed: int) -> Artefact:
+def sweep(title: str, setting: str, *values: float, **fixed: int) -> Artefact:
     cells = {f"{setting} {v}": {"flags": "edp_td3bc", "acting": {**fixed, setting: v}} for v in values}
     return Artefact(f"{title}, EDP + TD3+BC", "", cells, tasks=LOCOMOTION_TASKS, kind="sweep")
 
 
-EDP_AND_DQL = columns("Diffusion-QL, K = 100", "EDP + TD3+BC")
-EAS = {"TD3+BC with EAS": {"flags": "td3bc", "acting": {"num_eval_actions": 10}}}
-WALKERS = ("walker2d-medium", "walker2d-medium-replay", "walker2d-medium-expert")
-THREE = ("walker2d-medium-expert", "hopper-medium-expert", "antmaze-medium-diverse")
+EDP, DQL, TWO = "EDP + TD3+BC", "Diffusion-QL, K = 100", ("RAT", "OMS")
+EAS = columns(EDP, "TD3+BC") | {"TD3+BC with EAS": {"flags": "td3bc", "acting": {"num_eval_actions": 10}}}
 ARTEFACTS = {
-    "table1": Artefact("Table 1: EDP and Diffusion-QL by domain", "Table 1", EDP_AND_DQL, ("OMS",), kind="means"),
+    "table1": Artefact("Table 1: EDP and Diffusion-QL by domain", "Table 1", columns(DQL, EDP), ("OMS",), kind="means"),
     "table2": Artefact("Table 2: feed-forward policies and EDP", "Table 2", columns(*list(COLUMNS)[:8]), ("RAT",)),
-    "table3": Artefact("Table 3: EDP's hyperparameters", "Table 3", kind="lines"),
-    "table4": Artefact("Table 4: EDP and Diffusion-QL", "Table 4", EDP_AND_DQL, ("OMS",)),
-    "table5": Artefact(
-        "Table 5: EDP with three algorithms",
-        "Table 5",
-        columns("EDP + TD3+BC", "EDP + CRR", "EDP + IQL"),
-        ("RAT", "OMS"),
-    ),
-    "table6": Artefact(
-        "Table 6: energy-based action selection (EAS) with a feed-forward policy",
-        "Table 6",
-        columns("EDP + TD3+BC") | EAS | columns("TD3+BC"),
-        tasks=LOCOMOTION_TASKS,
-        differs=("the score of the last policy, where the paper has RAT",),
-    ),
-    "table7": Artefact(
-        "Table 7: the effect of action approximation",
-        "Table 7",
-        columns("Diffusion-QL, K = 100", "EDP + TD3+BC, K = 100"),
-        ("OMS",),
-        WALKERS,
-    ),
-    "fig2": Artefact("Fig. 2 and C.5: speed", kind="speed"),
-    "fig3": Artefact("Fig. 3: RAT and OMS in training", "Table 5", columns("EDP + TD3+BC"), ("RAT", "OMS"), THREE),
-    "fig4": sweep("Fig. 4: actions to select from", "num_eval_actions", (1, 2, 5, 10, 20, 50, 100, 200)),
-    "fig5": sweep("Fig. 5: network calls of DPM-Solver", "num_solver_calls", (3, 6, 9, 12, 15, 20, 25, 30)),
-    "fig6": sweep("Fig. 6: scaled policy", "policy_temperature", (0.5, 0.75, 1.0, 1.25, 1.5, 2.0), num_eval_actions=1),
-    "fig7": sweep(
-        "Fig. 7: scale of the initial noise", "init_noise_scale", (0.0, 0.25, 0.5, 0.75, 1.0), num_eval_actions=1
-    ),
+    "table3": Artefact("Table 3: EDP's hyperparameters", kind="hyperparameters"),
+    "table4": Artefact("Table 4: EDP and Diffusion-QL", "Table 4", columns(DQL, EDP), ("OMS",)),
+    "table5": Artefact("Table 5: EDP, three algorithms", "Table 5", columns(EDP, "EDP + CRR", "EDP + IQL"), TWO),
+    "table6": Artefact("Table 6: EAS with a feed-forward policy", "Table 6", EAS, ("last",), LOCOMOTION_TASKS),
+    "table7": Artefact("Table 7: action approximation", "Table 7", columns(DQL, f"{EDP}, K = 100"), ("OMS",), WALKERS),
+    "fig2": Artefact("Fig. 2 and C.5: speed", kind="speeds"),
+    "fig3": Artefact("Fig. 3: RAT and OMS in training", "Table 5", columns(EDP), TWO, THREE),
+    "fig4": sweep("Fig. 4: actions to select from", "num_eval_actions", 1, 2, 5, 10, 20, 50, 100, 200),
+    "fig5": sweep("Fig. 5: network calls of DPM-Solver", "num_solver_calls", 3, 6, 9, 12, 15, 20, 25, 30),
+    "fig6": sweep("Fig. 6: scaled policy", "policy_temperature", 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, num_eval_actions=1),
+    "fig7": sweep("Fig. 7: scaled initial noise", "init_noise_scale", 0.0, 0.25, 0.5, 0.75, 1.0, num_eval_actions=1),
 }
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(Execution):
     """Redo tables and figures of the EDP paper."""
 
-    artefacts: tyro.conf.Positional[tuple[str, ...]]
-    """table1 to table7, fig2 to fig7, or all"""
+    artefacts: tyro.conf.Positional[tuple[Literal[(*ARTEFACTS, "all")], ...]]  # what to redo
     data: tuple[str, ...] = ("paper",)
     """paper: the paper's tasks, from Minari; local: those of them that have a local dataset of that robot and quality;
     pointmaze: all three; or a folder with D4RL's files, names of tasks, ids of Minari datasets"""
-    scale: float = 1.0
-    """shortens every run by this factor; of its evaluations at least ten are left"""
-    num_seeds: int = SEEDS
-    """seeds of each run, trained together"""
-    flags: str = ""
-    """of every run alike: --flags="--preset fast --eval-episodes 5", with the sign of equality"""
-    folder: Path = Path("runs/reproduce")
-    """where runs and reports go"""
-    on: Literal["local", "ray"] = "local"
-    """processes of this machine, or Ray"""
-    jobs: int = 1
-    """local: runs at a time, each on its share of the cores"""
-    cores: float = 1.0
-    """Ray: cores to reserve for each run"""
-    gpus: float = 0.0
-    """GPUs for each run, 0.25 for four runs on one"""
-    address: str | None = None
-    """Ray: of the cluster, "auto" or <host>:<port>; by default one that is started here"""
-    retries: int = 3
-    """Ray: how often a run whose node dies goes on elsewhere; -1 is always"""
-    watch: bool = False
-    """show a live table of the runs"""
+    scale: float = 1.0  # shortens every run by this factor; of its evaluations at least ten are left
+    num_seeds: int = SEEDS  # seeds of each run, trained together
+    flags: str = ""  # of every run alike: --flags="--preset fast --eval-episodes 5", with the sign of equality
+    folder: Path = Path("runs/reproduce")  # where runs and reports go
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -163,93 +129,55 @@ D4RL_FILES = {  # where they are not named as the task
 
 class Data(NamedTuple):
     name: str
-    flags: dict[str, str]
+    flags: tuple[str, ...]
     task: str | None  # of the paper
-    differs: tuple[str, ...] = ()  # from the paper's data or environment
+    differs: tuple[str, ...]  # from the paper's data or environment
 
 
-def find_data(choices: tuple[str, ...], tasks: tuple[str, ...]) -> list[Data]:
+def find_data(choices: tuple[str, ...], tasks: tuple[str, ...]) -> Iterator[Data]:
     """What --data names; of the paper's tasks only `tasks`."""
-    found = []
     for choice in choices:
         files = sorted(Path(choice).expanduser().resolve().glob("*.hdf5"))
-        if choice == "paper":
-            found += map(_of_task, tasks)
-        elif choice == "local":
-            found += [_of_dataset(dataset_id) for dataset_id in map(_local_dataset, tasks) if dataset_id]
-        elif choice == "pointmaze":
-            found += [_of_task(name) for name in TASKS if name.startswith("pointmaze")]
-        elif files:
-            found += [_of_file(task, file) for task in tasks if (file := _d4rl_file(task, files))]
-        else:
-            found.append(_of_task(choice) if choice in TASKS else _of_dataset(choice))
-    return list({data.name: data for data in found}.values())
+        for task in tasks if files else ():
+            pattern = D4RL_FILES.get(task, f"^{task.replace('-', '[-_]')}-v[0-9]")
+            differs = (f"{task}: evaluated with another ant",) * task.startswith("antmaze")
+            for file in [file for file in files if re.search(pattern, file.name)][-1:]:
+                yield Data(f"{task} (D4RL)", ("--env-id", task, "--dataset-path", str(file)), task, differs)
+        mazes = [name for name in TASKS if name.startswith("pointmaze")]
+        known = {"paper": tasks, "pointmaze": mazes, "local": filter(None, map(local_dataset, tasks))}
+        for name in known.get(choice, [choice]) if not files else ():
+            task = name if name in TASKS else re.sub(r"-v\d+$", "", name.partition("/")[2]).replace("/", "-")
+            flag, of_paper = "--env-id" if name in TASKS else "--dataset-id", task in PAPER_TASKS
+            differs = (f"{name}: recorded anew, not D4RL's data",) * of_paper
+            yield Data(name, (flag, name), task if of_paper else None, differs)
 
 
-def _of_task(name: str) -> Data:
-    if name not in PAPER_TASKS:
-        return Data(name, {"env_id": name}, None)
-    return Data(name, {"env_id": name}, name, (f"{name}: Minari's recording, not D4RL's",))
-
-
-def _of_dataset(dataset_id: str) -> Data:
-    name = re.sub(r"-v\d+$", "", dataset_id.partition("/")[2]).replace("/", "-")
-    task = name if name in PAPER_TASKS else None
-    return Data(dataset_id, {"dataset_id": dataset_id}, task, (f"{dataset_id}: not D4RL's data",) if task else ())
-
-
-def _of_file(task: str, file: Path) -> Data:
-    differs = (f"{task}: evaluated with another ant",) if task.startswith("antmaze") else ()
-    return Data(f"{task} (D4RL)", {"env_id": task, "dataset_path": str(file)}, task, differs)
-
-
-def _local_dataset(task: str) -> str | None:
+def local_dataset(task: str) -> str | None:
     """The newest local dataset <namespace>/<robot>/<quality>-v<n>."""
     root, (robot, _, quality) = get_dataset_path(), task.partition("-")
     found = sorted(path.parents[1] for path in root.glob(f"*/{robot}/{quality}-v*/data/metadata.json"))
     return found[-1].relative_to(root).as_posix() if found else None
 
 
-def _d4rl_file(task: str, files: list[Path]) -> Path | None:
-    pattern = D4RL_FILES.get(task, f"^{task.replace('-', '[-_]')}-v[0-9]")
-    return next((file for file in reversed(files) if re.search(pattern, file.name)), None)
-
-
 # ----------------------------------------------------------------------------------------------------------- planning
 
 # Arguments that decide no number, or only through others and the data, which are in the key themselves.
-NO_KEY = {"env_id", "dataset_id", "dataset_path", "preset", "trust", "run_dir", "track", "resume", "checkpoint_every"}
-NO_KEY |= {"capture_video"}
-DATA_CODE = (
-    "tasks",
-    "datasets",
-    "d4rl",
-    "environments",
-    "pointmaze",
-    "ogbench",
-    "bandit",
-)  # of the harness, what decides numbers
+NO_KEY = {"env_id", "dataset_id", "dataset_path", "preset", "trust", "exp_name", "run_dir", "track", "capture_video"}
+NO_KEY |= {"resume", "checkpoint_every"}
+NO_CODE = {"checkpoint", "flags", "plots", "process", "records", "run"}  # of the harness, what decides none
 
 
 @functools.cache
-def parse(flags: str, args: Args) -> tuple[Any, list[str]]:
-    """(arguments, flags) of a column's algorithm."""
-    algorithm, *own = shlex.split(flags)
-    own += ["--num-seeds", str(args.num_seeds), *shlex.split(args.flags)]
-    return tyro.cli(importlib.import_module(f"algorithms.{algorithm}").Args, prog=f"{algorithm}.py", args=own), own
-
-
-@functools.cache
-def plan(flags: str, data_name: str, data_flags: tuple[tuple[str, str], ...], args: Args) -> Job:
+def plan(flags: str, data: Data, args: Args) -> Job:
     """The run of a column on a dataset. Exits with one sentence if it is impossible."""
-    parsed, own = parse(flags, args)
-    algorithm = flags.split()[0]
-    resolved, task = setup(dataclasses.replace(parsed, **dict(data_flags)), iql=algorithm in ("iql", "edp_iql"))
+    algorithm, *own = shlex.split(flags)
+    own += ["--num-seeds", str(args.num_seeds), *shlex.split(args.flags), *data.flags]
+    parsed = tyro.cli(importlib.import_module(f"algorithms.{algorithm}").Args, prog=f"{algorithm}.py", args=own)
+    resolved, task = setup(parsed, iql=algorithm in ("iql", "edp_iql"))
     full = resolved.num_updates // resolved.eval_every
     evaluations = max(min(full, RAT_WINDOW), round(full * args.scale))
     every = max(1, round(resolved.num_updates * args.scale / evaluations))
     resolved = dataclasses.replace(resolved, num_updates=every * evaluations, eval_every=every)
-    own = own + [part for name, value in data_flags for part in ("--" + name.replace("_", "-"), value)]
     own += ["--num-updates", str(resolved.num_updates), "--eval-every", str(resolved.eval_every)]
 
     settings = {name: value for name, value in dataclasses.asdict(resolved).items() if name not in NO_KEY}
@@ -257,13 +185,8 @@ def plan(flags: str, data_name: str, data_flags: tuple[tuple[str, str], ...], ar
     versions = {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
     decides = [algorithm, settings, task.env_id, data_digest(source), versions, code_digest(algorithm)]
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
-    name, parent = slug(flags), args.folder / slug(data_name)
-    for other in parent.glob(f"{name}-*/args.json"):
-        if re.fullmatch(rf"{name}-[0-9a-f]{{10}}", other.parent.name) and other.parent.name != f"{name}-{key}":
-            theirs = json.loads(other.read_text())["args"]
-            changed = [f"{k} {theirs.get(k)}, now {v}" for k, v in settings.items() if theirs.get(k) != v]
-            print(f"{other.parent}/ is not used: {', '.join(changed) or 'data, versions or code were others'}.")
-    return Job(parent / f"{name}-{key}", algorithm, tuple(own), resolved.num_updates)
+    folder = args.folder / slug(data.name) / f"{slug(flags)}-{key}"
+    return Job(folder, algorithm, tuple(own), resolved.num_updates)
 
 
 def slug(text: str) -> str:
@@ -272,119 +195,121 @@ def slug(text: str) -> str:
 
 @functools.cache
 def data_digest(paths: tuple[Path, ...]) -> str:
-    files = sorted(file for path in paths for file in [path, *path.rglob("*")] if file.is_file())
-    digest = hashlib.sha256()
+    files, digest = sorted(file for path in paths for file in [path, *path.rglob("*")] if file.is_file()), []
     for file in files:
         with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+            digest.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return " ".join(digest)
 
 
 @functools.cache
 def code_digest(algorithm: str) -> str:
     """Of what the code does: comments, docstrings and layout do not count."""
-    harness = (ROOT / "common" / "harness" / f"{name}.py" for name in DATA_CODE)
-    trees = []
-    for file in (ROOT / "algorithms" / f"{algorithm}.py", *sorted((ROOT / "common").glob("*.py")), *harness):
-        tree = ast.parse(file.read_text())
-        for node in ast.walk(tree):
-            if isinstance(getattr(node, "body", None), list):
-                is_text = lambda each: isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant)
-                node.body = [each for each in node.body if not is_text(each)]
-        trees.append(ast.dump(tree))
-    return hashlib.sha256("".join(trees).encode()).hexdigest()
-
-
-def hyperparameters() -> tuple[list[str], list[list[str]]]:
-    """Table 3: (heading, lines) of EDP's defaults and the paper's."""
-    module = importlib.import_module("algorithms.edp_td3bc")
-    rows = [row for row in PAPER if row["source"] == "Table 3"]
-    heading = ["", *(name for row in rows for name in (row["metric"], f"{row['metric']}, paper"))]
-    defaults = {domain.name: with_domain_defaults(module.Args(), domain) for domain in DOMAINS}
-    of = lambda name, args: [text for r in rows for text in (f"{getattr(args, r['metric']):g}", f"{float(r[name]):g}")]
-    return heading, [[name, *of(name, args)] for name, args in defaults.items()]
-
-
-# --------------------------------------------------------------------------------------------------------------- main
+    files = [ROOT / "algorithms" / f"{algorithm}.py", *sorted((ROOT / "common").rglob("*.py"))]
+    trees = [ast.parse(file.read_text()) for file in files if file.stem not in NO_CODE]
+    for node in itertools.chain.from_iterable(map(ast.walk, trees)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = None
+    return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()
 
 
 def plan_artefact(name: str, args: Args, jobs: dict[Path, Job]) -> dict[str, Any]:
     """What report.py needs to know of an artefact; adds its runs to `jobs`. Exits if nothing of it can be run."""
     artefact, rows, impossible = ARTEFACTS[name], [], {}
-    choice = shlex.join(["--data", *args.data, "--scale", f"{args.scale:g}", "--num-seeds", str(args.num_seeds)])
-    command = f"python benchmarks/reproduce.py {name} {choice}" + (
-        f" --flags={shlex.quote(args.flags)}" * bool(args.flags)
-    )
-    record = artefact._asdict() | {"command": command, "scale": args.scale}
-    if artefact.kind == "lines":
-        return record | dict(zip(("heading", "lines"), hyperparameters()))
-    if artefact.kind == "speed":
-        unit = "updates/s", "updates/s, paper", "environment steps/s", "environment steps/s, paper"
-        return record | {"heading": ["", *unit]}
-    for data in find_data(args.data, artefact.tasks):
+    choice = ["--data", *args.data, "--scale", f"{args.scale:g}", "--num-seeds", str(args.num_seeds)]
+    command = ["python", "benchmarks/reproduce.py", name, *choice, *[f"--flags={args.flags}"] * bool(args.flags)]
+    record = artefact._asdict() | {"command": shlex.join(command), "scale": args.scale}
+    if artefact.kind in LINES:
+        return record
+    for data in dict.fromkeys(find_data(args.data, artefact.tasks)):
         try:
-            planned = {
-                c: plan(s["flags"], data.name, tuple(data.flags.items()), args) for c, s in artefact.columns.items()
-            }
+            planned = {column: plan(spec["flags"], data, args) for column, spec in artefact.columns.items()}
         except SystemExit as error:
             if not isinstance(error.code, str):  # of tyro, which has said what is wrong
                 raise
             impossible[data.name] = error.code
             continue
         for column, job in planned.items():
-            acting = (*jobs.get(job.folder, job).acting, artefact.columns[column].get("acting"))
-            jobs[job.folder] = job._replace(acting=tuple(each for each in acting if each))
+            acting = [artefact.columns[column]["acting"]] if "acting" in artefact.columns[column] else []
+            jobs[job.folder] = job._replace(acting=(*jobs.get(job.folder, job).acting, *acting))
         names = {column: job.folder.relative_to(args.folder).as_posix() for column, job in planned.items()}
         rows.append({"data": data.name, "task": data.task, "differs": data.differs, "runs": names})
     if not rows:
         raise SystemExit(next(iter(impossible.values()), f"--data {' '.join(args.data)} has none of {name}'s tasks."))
     for left_out, reason in impossible.items():
         print(f"{name} goes without {left_out}: {reason}")
-    differs = list(artefact.differs)
-    if args.scale != 1 or args.flags:
-        differs.append(
-            f"{next(iter(planned.values())).num_updates:,} updates (--scale {args.scale:g}) {args.flags}".strip()
-        )
-    if args.num_seeds != SEEDS:
-        differs.append(f"{args.num_seeds} seeds, where the paper has {SEEDS}")
-    return record | {"rows": rows, "differs": differs}
+    updates = sorted({jobs[args.folder / run].num_updates for row in rows for run in row["runs"].values()})
+    lengths = " or ".join(f"{number:,}" for number in updates)
+    differs = {
+        "the score of the last policy, where the paper has RAT": artefact.source and artefact.metrics == ("last",),
+        f"{lengths} updates ({f'--scale {args.scale:g} {args.flags}'.strip()})": args.scale != 1 or args.flags,
+        f"seeds: {args.num_seeds}, where the paper has {SEEDS}": args.num_seeds != SEEDS,
+    }
+    return record | {"rows": rows, "differs": [text for text, holds in differs.items() if holds]}
 
 
-def measure_speed(args: Args) -> None:
-    """Fig. 2 on this machine, before anything else runs on it."""
-    if (args.folder / "speed-here.json").exists():
-        return
-    command = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), "--sections", "updates", "acting"]
-    command += ["--only", "dql", "edp_no_ap", "edp_no_dpm_100", "edp_td3bc", "td3bc"]
-    command += ["--results-dir", str(args.folder), "--name", "here.part"]
-    command += ["--repeats", "3", "--seconds", "0.3"] if args.scale < 1 else []
-    if subprocess.run(command).returncode:
-        raise SystemExit("speed.py failed.")
-    (args.folder / "speed-here.part.json").rename(args.folder / "speed-here.json")
+# ----------------------------------------------------------------------------------------------- what needs no runs
+
+
+def hyperparameters(_: Args) -> Iterator[dict[str, str]]:
+    """Lines of Table 3: EDP's defaults and the paper's."""
+    for domain in (LOCOMOTION, ANTMAZE, ADROIT, KITCHEN):
+        args, line = with_domain_defaults(importlib.import_module("algorithms.edp_td3bc").Args(), domain), {}
+        for name, number in paper_numbers("Table 3", "EDP", domain.name).items():
+            line |= {name: f"{getattr(args, name):,.9g}", f"{name}, paper": f"{float(number):,.9g}"}
+        yield {"": domain.name} | line
+
+
+def speeds(args: Args) -> Iterator[dict[str, str]]:
+    """Lines of Fig. 2 and C.5, measured before anything else runs on this machine."""
+    file, names = args.folder / "speed-here.json", ("dql", "edp_no_ap", "edp_no_dpm_100", "edp_td3bc", "td3bc")
+    if not file.exists():
+        command = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), "--sections", "updates", "acting"]
+        command += ["--only", *names, "--results-dir", str(args.folder), "--name", "here.part"]
+        if subprocess.run([*command, *["--repeats", "3", "--seconds", "0.3"] * (args.scale < 1)]).returncode:
+            raise SystemExit("speed.py failed.")
+        file.with_name("speed-here.part.json").rename(file)
+    here, acts_like = json.loads(file.read_text()), {"dql": "edp_no_dpm_100", "edp_no_ap": "edp_td3bc"}
+    for name in names:
+        updates, steps = here["updates"][name], here["acting"][acts_like.get(name, name)]["environment"]
+        paper = paper_numbers("C.5", name, WALKERS[2]) | paper_numbers("Fig. 2", name, WALKERS[2])
+        line = {"": updates["label"]}
+        for unit, row in {"updates per second": updates, "environment steps per second": steps}.items():
+            line |= {unit: f"{row['per_second']:.4g}", f"{unit}, paper": paper.get(unit, "")}
+        yield line
+
+
+LINES = {"hyperparameters": hyperparameters, "speeds": speeds}
+
+# --------------------------------------------------------------------------------------------------------------- main
 
 
 def main(args: Args) -> None:
-    if unknown := [name for name in args.artefacts if name not in (*ARTEFACTS, "all")]:
-        raise SystemExit(f"There is no {unknown[0]!r}; there are {', '.join(ARTEFACTS)} and all.")
-    if not args.artefacts or min(args.scale, args.num_seeds, args.jobs, args.cores) <= 0 or args.gpus < 0:
-        raise SystemExit(
-            "Name a table or figure, or all; --scale, --num-seeds, --jobs and --cores have to be positive."
-        )
-    names = list(ARTEFACTS) if "all" in args.artefacts else list(dict.fromkeys(args.artefacts))
+    positive = args.scale, args.num_seeds, args.jobs, args.cores
+    if not args.artefacts or not all(0 < value < math.inf for value in positive):
+        raise SystemExit("Name a table or figure; --scale, --num-seeds, --jobs and --cores have to be positive.")
+    if not (0 <= args.gpus <= 1 or (args.gpus > 1 and args.gpus % 1 == 0)):
+        raise SystemExit(f"--gpus has to be a part of one GPU or a whole number of them, but is {args.gpus}.")
+    try:
+        shlex.split(args.flags)
+    except ValueError as error:
+        raise SystemExit(f"--flags cannot be split into words: {error}.") from None
+    jax.config.update("jax_platforms", "cpu")  # of this process: a GPU is for the runs
     jobs: dict[Path, Job] = {}
+    names = ARTEFACTS if "all" in args.artefacts else dict.fromkeys(args.artefacts)
     artefacts = {name: plan_artefact(name, args, jobs) for name in names}
-    args.folder.mkdir(parents=True, exist_ok=True)
-    if "fig2" in names:
-        measure_speed(args)
-    how = Execution(args.on, args.jobs, args.gpus, args.cores, args.address, args.retries, args.watch)
-    failed = run_all(list(jobs.values()), how) if jobs else {}
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"Cannot write to {args.folder}/: {error.strerror}.") from None
+    for record in artefacts.values():
+        if record["kind"] in LINES:
+            record["lines"] = list(LINES[record["kind"]](args))
     manifest = args.folder / "artefacts.json"
     kept = json.loads(manifest.read_text()) if manifest.exists() else {}
-    manifest.write_text(json.dumps(kept | artefacts, indent=1) + "\n")
-    runs = read_runs(args.folder)
-    for name in names:
-        write_report(args.folder, name, artefacts[name], runs)
-        print(f"{args.folder / name}.md")
+    write_atomically(manifest, json.dumps(kept | artefacts, indent=1).encode() + b"\n")
+    failed = run_all(list(jobs.values()), args)
+    write_reports(args.folder, names)
     if failed:
         (folder, trouble), *_ = failed.items()
         raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed; of {folder}: {trouble}.")

@@ -184,14 +184,15 @@ def acting(args: Args) -> Iterator[tuple[str, dict]]:
     for name in (name for name in ACTING if name in args.only):
         module, a, state, keys, _ = make_inputs(ENTRIES[name], HOPPER, 10, num_eval_actions=10)
         keys = jax.random.split(keys[0], (1, 10))
-        act = lambda obs, step: module.act(state, obs, keys[:, : obs.shape[1]], step, a)
+        act = lambda obs, keys, step: module.act(state, obs, keys, step, a)
         obs = np.random.default_rng(0).normal(size=(1, 10, HOPPER[0])).astype(np.float32)
-        ten, one = measure(lambda: act(obs, 0), 10, args), measure(lambda: act(obs[:, :1], 0), 1, args)
+        ten = measure(lambda: act(obs, keys, 0), 10, args)
+        one = measure(lambda: act(obs[:, :1], keys[:, :1], 0), 1, args)
         # hoppers that fall do not end: an untrained policy's episodes last as long as a good one's
         length = int(np.clip(args.seconds * ten["per_second"] / 20, 10, 1000))
         hopper = ENVIRONMENTS["Hopper"]._replace(max_steps=length, kwargs={"terminate_when_unhealthy": False})
         evaluate = Evaluator(hopper, [0], 10)
-        steps = measure(lambda: evaluate(act, 0).returns, 10 * length, args)
+        steps = measure(lambda: evaluate(act, keys, 0).returns, 10 * length, args)
         print_line(ENTRIES[name].label, *summary(steps), *summary(ten), *summary(one))
         rows = {"environment": steps, "ten_observations": ten, "one_observation": one}
         yield name, {"label": ENTRIES[name].label} | rows

@@ -125,11 +125,12 @@ def source_page(name: str) -> str:
     (flags,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"] or [None]
     if flags:
         rows = []
-        for field, text in itertools.pairwise(flags.body):
+        for field, below in itertools.pairwise(flags.body):
             if isinstance(field, ast.AnnAssign):
+                text = lines[field.end_lineno - 1].partition("  # ")[2] or ast.literal_eval(below.value)
                 default = ast.unparse(field.value).replace("None", "by domain or none").strip("'")
                 flag = "--" + field.target.id.replace("_", "-")
-                rows.append(f"| `{flag}` | {default} | {ast.literal_eval(text.value).replace('|', '&#124;')} |")
+                rows.append(f"| `{flag}` | {default} | {text.replace('|', '&#124;')} |")
         parts += ["## Flags", "\n".join(["| flag | default | meaning |", "|---|---|---|", *rows])]
     return "\n\n".join(parts)
 

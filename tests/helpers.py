@@ -5,6 +5,8 @@ import csv
 import dataclasses
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +20,8 @@ import pytest
 from minari.data_collector import EpisodeBuffer
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from common.harness import Dataset
+from common.harness import Dataset, Evaluator
+from common.harness.records import Episodes
 
 SCRIPTS = Path(__file__).parents[1] / "algorithms"
 ALGORITHMS = ("edp_td3bc", "edp_crr", "edp_iql", "dql_baseline", "td3bc", "crr", "iql", "bc")
@@ -48,14 +51,15 @@ def tiny(algorithm: str) -> dict:
 
 
 def fields_of(algorithm: str) -> dict[str, str]:
-    """Each field of `Args` with the docstring under it, from the source."""
-    tree = ast.parse((SCRIPTS / f"{algorithm}.py").read_text())
-    (args,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    """Each field of `Args` with its text, the comment after it or the docstring under it, from the source."""
+    source = (SCRIPTS / f"{algorithm}.py").read_text()
+    (args,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args")
     fields = {}
-    for field, text in zip(args.body, [*args.body[1:], None]):
+    for field, below in zip(args.body, [*args.body[1:], None]):
         if isinstance(field, ast.AnnAssign):
-            assert isinstance(text, ast.Expr), f"{field.target.id} has no docstring"
-            fields[field.target.id] = ast.literal_eval(text.value)
+            comment = source.splitlines()[field.end_lineno - 1].partition("  # ")[2]
+            assert comment or isinstance(below, ast.Expr), f"{field.target.id} is not explained"
+            fields[field.target.id] = comment or ast.literal_eval(below.value)
     return fields
 
 
@@ -67,6 +71,29 @@ def run_script(algorithm: str, *flags, cwd, **env) -> subprocess.CompletedProces
     command = [sys.executable, str(SCRIPTS / f"{algorithm}.py"), *map(str, flags)]
     env = os.environ | {"HOME": str(cwd), "COLUMNS": "300"} | env
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def evaluated(evaluate: Evaluator, act, update: int) -> Episodes:
+    """The evaluation of a policy `act(obs, step)` that draws nothing."""
+    keys = jax.random.split(jax.random.key(0), (len(evaluate.seeds), evaluate.num_episodes))
+    return evaluate(lambda obs, keys, step: act(obs, step), keys, update)
+
+
+def fill(disk: Path, free: int) -> Path:
+    """A file that leaves `free` bytes of the disk."""
+    ballast = disk / "ballast"
+    ballast.unlink(missing_ok=True)
+    ballast.write_bytes(bytes(shutil.disk_usage(disk).free - free))
+    return ballast
+
+
+def damaged(data: bytes, i: int) -> bytes:
+    """Number `i` of a fixed series: every kind of damage, in turn anywhere and among the first 2,000 bytes."""
+    rng = random.Random(i)
+    at = rng.randrange(len(data) if i % 8 < 4 else min(2000, len(data)))
+    flip, zeros, insertion = bytes([data[at] ^ rng.randrange(1, 256)]), bytes(64), rng.randbytes(3)
+    patch, replaced = ((flip, 1), (b"", len(data)), (zeros, 64), (insertion, 0))[i % 4]
+    return data[:at] + patch + data[at + replaced :]
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:

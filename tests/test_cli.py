@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import get_type_hints
 
@@ -122,7 +121,7 @@ def test_pictures_and_tensorboard_show_something(finished):
         assert np.ptp(picture[..., :3]) > 0.5
     for seed in (0, 1):
         (events,) = (folder / "tensorboard" / f"seed_{seed}").iterdir()
-        for name in (b"train/policy_loss", b"eval/score", b"eval/return", b"eval/length"):
+        for name in (b"charts/updates_per_second", b"train/policy_loss", b"eval/score", b"eval/return", b"eval/length"):
             assert name in events.read_bytes()
 
 
@@ -165,10 +164,10 @@ def test_oms_and_rat_are_the_best_and_the_last_ten_evaluations_of_each_seed(hopp
 
 
 def test_an_interrupted_run_keeps_what_it_has_and_says_how_to_go_on(hopper_args, tmp_path, monkeypatch, capsys):
-    def interrupted(self, policy, update):
+    def interrupted(self, policy, keys, update):
         if update == 3:
             raise KeyboardInterrupt
-        return evaluate(self, policy, update)
+        return evaluate(self, policy, keys, update)
 
     evaluate = Evaluator.__call__
     monkeypatch.setattr(Evaluator, "__call__", interrupted)
@@ -236,18 +235,40 @@ def test_every_seed_update_and_episode_acts_by_a_key_of_its_own(tmp_path):
     np.testing.assert_array_equal(np.array(data[0])[:, 1, :2], np.array(data[1])[:, 0])
 
 
-def test_tracking_follows_tensorboard_from_before_its_first_file(tmp_path, monkeypatch):
-    calls = []
-    tracker = types.SimpleNamespace(finish=lambda: calls.append("finish"))
-    start = lambda **settings: calls.append((settings, (tmp_path / "run" / "tensorboard").exists())) or tracker
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=start))
-    with begin(tmp_path / "run", track=True) as run:
-        pass
-    (settings, existed), *after = calls
-    assert settings["sync_tensorboard"]
-    assert settings["config"] == dataclasses.asdict(run.args)
-    assert not existed
-    assert after == ["finish"]
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_each_seed_is_tracked_by_a_run_of_its_own_which_resume_goes_on_with(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="Weights & Biases is an optional install")
+    settings = {"MODE": "offline", "DIR": str(tmp_path), "PROJECT": "mine", "ENTITY": "us", "SILENT": "true"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    ids = []
+    for change in {}, {"resume": str(tmp_path / "run")}:
+        with begin(tmp_path / "run", seed=5, track=True, **change) as run:
+            run.log_metrics(10, {"policy_loss": jnp.array([[1.0, 2.0]])})
+            ids.append([tracker.id for tracker in run.trackers])
+            for tracker, seed, loss in zip(run.trackers, (5, 6), (1, 2), strict=True):
+                assert (tracker.project, tracker.entity, tracker.group) == ("mine", "us", "run")
+                assert tracker.config.as_dict() == {
+                    "algorithm": "edp_td3bc",
+                    **dataclasses.asdict(run.args),
+                    "seed": seed,
+                }
+                logged = dict(tracker.summary)
+                assert (logged["update"], logged["train/policy_loss"]) == (10, loss)
+                assert logged["charts/updates_per_second"] > 0
+    assert ids[0] == ids[1]
+    assert len(set(ids[0])) == 2
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda run: run.restore(np.broadcast_to(np.float32(0), 10**14)), lambda run: jnp.zeros(10**14).sum().item()]
+)
+def test_what_does_not_fit_into_memory_ends_with_a_sentence(ask, tmp_path, exit_sentence):
+    def start():
+        with begin(tmp_path / "run") as run:
+            ask(run)
+
+    assert "not enough memory: lower --batch-size" in exit_sentence(start)
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -263,8 +284,11 @@ def test_tracking_follows_tensorboard_from_before_its_first_file(tmp_path, monke
         ({"gamma": 2.0}, ["--gamma", "2.0"]),
         ({"seed": 3_000_000_000}, ["--seed"]),
         ({"env_id": "bandit", "capture_video": True}, ["cannot be drawn", "--capture-video"]),
+        ({"batch_size": 10**100}, ["--batch-size", "below 2^31"]),
+        ({"dataset_id": "a" * 999 + "-v0"}, ["too long"]),
+        ({"resume": "a" * 999}, ["too long"]),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:50],
 )
 def test_an_impossible_argument_exits_naming_it(args, named, pointmaze_datasets, tmp_path, exit_sentence):
     sentence = exit_sentence(edp_td3bc.train, edp_td3bc.Args(**TINY | {"run_dir": str(tmp_path / "run")} | args))

@@ -1,6 +1,7 @@
 """Anybody's Minari dataset, in its own environment: what can be learned, and what is refused with a sentence."""
 
 import json
+import os
 import re
 from collections import OrderedDict
 
@@ -8,7 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple, flatten
-from helpers import change_metadata, record, record_hopper, rows_of, write_dataset
+from helpers import change_metadata, evaluated, record, record_hopper, rows_of, write_dataset
 from minari.serialization import serialize_space
 
 from algorithms.bc import Args, train
@@ -96,7 +97,8 @@ def test_data_and_evaluation_have_the_same_numbers_in_the_same_order(observation
     assert len(np.unique(loaded.obs[0])) > 3, "equal numbers have no order"
     raw = np.concatenate([episode.actions for episode in dataset.iterate_episodes()])
     np.testing.assert_allclose(loaded.action, np.clip((raw - [0.5, 0.5]) / [2.5, 0.5], -0.999, 0.999), atol=1e-6)
-    returns = Evaluator(environment, [0], 2)(lambda obs, step: np.full((1, 2, 2), 0.5, np.float32), 1).returns
+    half = lambda obs, step: np.full((1, 2, 2), 0.5, np.float32)
+    returns = evaluated(Evaluator(environment, [0], 2), half, 1).returns
     np.testing.assert_allclose(returns, LIMIT * (1.75 + 0.75), rtol=1e-5)  # of [-2, 3] and [0, 1]
 
 
@@ -214,7 +216,7 @@ def test_code_of_others_is_not_even_imported(
 def test_a_reward_may_be_an_array_of_one(datasets):
     record_anything(pay="column")
     evaluate = Evaluator(resolve_task("", load()[1].statistics["dataset"], trust=__name__).environment, [0], 1)
-    returns = evaluate(lambda obs, step: np.zeros((1, 1, 2), np.float32), 1).returns
+    returns = evaluated(evaluate, lambda obs, step: np.zeros((1, 1, 2), np.float32), 1).returns
     np.testing.assert_allclose(returns, LIMIT * (0.5 + 0.5))
 
 
@@ -228,10 +230,12 @@ def test_an_environment_that_breaks_down_later_ends_the_run_with_a_sentence(data
     record_anything()
     environment = resolve_task("", "test/custom/random-v0", trust=__name__).environment
     evaluate = Evaluator(environment, [0, 1], 2)
-    rewards = iter([0.0, 1.0, np.inf])
-    evaluate.envs[1][0].unwrapped.pay = lambda reward: next(rewards)
-    sentence = exit_sentence(evaluate, lambda obs, step: np.zeros((2, 2, 2), np.float32), 7)
-    assert "update 7, seed 1, episode 0, step 2: reward inf" in sentence
+    rewards, world = iter([0.0, 1.0, np.inf]), evaluate.envs[1][0].unwrapped
+    world.pay = lambda reward: next(rewards)
+    for step, what in ((2, "reward inf"), (0, "No space left on device")):
+        sentence = exit_sentence(evaluated, evaluate, lambda obs, step: np.zeros((2, 2, 2), np.float32), 7)
+        assert re.search(f"^The environment broke down, update 7, seed 1, episode 0, step {step}: .*{what}", sentence)
+        world.pay = lambda reward: os.write(os.open("/dev/full", os.O_WRONLY), b"its own log")
 
 
 def test_behaviour_is_scored_by_the_horizon_of_the_evaluation(datasets):

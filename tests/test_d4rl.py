@@ -3,7 +3,7 @@
 import h5py
 import numpy as np
 import pytest
-from helpers import play, rows_of
+from helpers import evaluated, play, rows_of
 
 from algorithms import bc
 from common.harness import Evaluator, load_dataset
@@ -128,7 +128,7 @@ def test_a_file_of_each_domain_is_read_and_evaluated_in_the_environment_that_fit
     assert behaviour.statistics["dataset"] == path.name
     assert ("do not compare" in capsys.readouterr().out) == env_id.startswith("antmaze")
     evaluate = Evaluator(task.environment, [0], 1)
-    ((length,),) = evaluate(lambda obs, step: np.ones((*obs.shape[:2], act_dim)), 1).lengths
+    ((length,),) = evaluated(evaluate, lambda obs, step: np.ones((*obs.shape[:2], act_dim)), 1).lengths
     assert 0 < length <= horizon
     ((env,),) = evaluate.envs
     assert env.spec.id == gym_id

@@ -1,7 +1,6 @@
 """Datasets: small real Minari ones, recorded here, against a plain iteration through Minari's own interface."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ import minari
 import numpy as np
 import pytest
 from gymnasium.spaces import Box
-from helpers import by_hand, change_metadata, record, record_hopper
+from helpers import by_hand, change_metadata, fill, record, record_hopper
 from minari.serialization import serialize_space
 
 from algorithms import bc
@@ -432,15 +431,17 @@ def test_leftovers_of_killed_runs_are_swept_when_they_are_old(datasets, hopper, 
 
 
 def test_a_full_disk_is_told_before_a_dataset_is_made_and_costs_the_cache_alone(
-    hopper, monkeypatch, capsys, exit_sentence
+    hopper, small_disk, monkeypatch, capsys, exit_sentence
 ):
-    usage = shutil.disk_usage(".")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
-    assert "MB left" in exit_sentence(resolve_task, "pointmaze-umaze")
+    ballast = fill(small_disk, free=10**4)
+    monkeypatch.setattr(harness, "CACHE", small_disk)
     assert_same(read_minari(hopper), by_hand(hopper))
     assert "could not be cached" in capsys.readouterr().out
-    assert not list(harness.CACHE.rglob("*.npz"))
-    assert not list(harness.CACHE.rglob("*.tmp"))
+    assert [path for path in small_disk.rglob("*") if path.is_file()] == [ballast]
+    fill(small_disk, free=2 * 10**7)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(small_disk))
+    assert "Cannot write 20.0 MB of datasets" in exit_sentence(resolve_task, "pointmaze-umaze")
+    assert [path for path in small_disk.rglob("*") if path.is_file()] == [ballast]
 
 
 # -------------------------------------------------------------------------------------------------- real datasets

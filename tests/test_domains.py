@@ -11,7 +11,7 @@ from typing import NamedTuple
 import gymnasium
 import numpy as np
 import pytest
-from helpers import ALGORITHMS, by_hand, goal_here, make_args, record, rows_of
+from helpers import ALGORITHMS, by_hand, evaluated, goal_here, make_args, record, rows_of
 
 from common.harness import Evaluator, load_dataset
 from common.harness.datasets import resolve_task, shape_reward
@@ -167,7 +167,7 @@ def test_a_task_has_the_data_of_its_minari_datasets_and_d4rls_protocol(env_id, d
     # Where it is evaluated: in episodes as long as D4RL's
     rng, horizon = np.random.default_rng(0), 700 if "umaze" in env_id else kind.horizon
     evaluate = Evaluator(task.environment, [0], 1)
-    ((length,),) = evaluate(lambda obs, step: rng.uniform(-1, 1, (1, 1, kind.act_dim)), 1).lengths
+    ((length,),) = evaluated(evaluate, lambda obs, step: rng.uniform(-1, 1, (1, 1, kind.act_dim)), 1).lengths
     assert 0 < length < horizon if name in ("hopper", "walker2d", "pen") else length == horizon
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import ssl
+import sys
 
 import huggingface_hub
 import minari
@@ -74,7 +75,6 @@ def test_a_cut_connection_is_taken_up_where_it_broke(hub, datasets, monkeypatch)
         (ID, "404"),
         ("some/hopper/other-v0", "404"),
         ("hf://nobody/some/x-v0", "404"),
-        ("gcp://bucket/some/x-v0", "install"),
     ],
 )
 def test_what_the_remote_does_not_have_exits_with_its_answer_and_leaves_nothing(
@@ -86,6 +86,11 @@ def test_what_the_remote_does_not_have_exits_with_its_answer_and_leaves_nothing(
     assert "could not be downloaded from" in sentence
     assert named in sentence
     assert list(datasets.iterdir()) == []
+
+
+def test_googles_storage_names_the_package_that_it_needs(datasets, monkeypatch, exit_sentence):
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
+    assert "`pip install google-cloud-storage`" in exit_sentence(resolve_task, "", "gcp://bucket/some/x-v0")
 
 
 def test_a_file_that_vanishes_during_a_download_leaves_nothing(hub, datasets, monkeypatch, exit_sentence):

@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import gymnasium
+import jax
 import numpy as np
 import pytest
+from helpers import evaluated
 
 from common.harness import Evaluator, environments, pointmaze
 from common.harness.datasets import cell_centre
@@ -55,7 +57,7 @@ def rollout(env, seed: int, act) -> tuple[float, int]:
 
 def test_returns_are_those_of_a_plain_loop_and_only_first_episodes_count(spied):
     evaluate = Evaluator(HOPPER, [0, 1], 4)
-    episodes = evaluate(wild_policy, update=1)
+    episodes = evaluated(evaluate, wild_policy, update=1)
     env = gymnasium.make("Hopper-v5")
     for i, j in np.ndindex(2, 4):
         spy = evaluate.envs[i][j]
@@ -69,7 +71,7 @@ def test_returns_are_those_of_a_plain_loop_and_only_first_episodes_count(spied):
 def test_every_seed_update_and_episode_starts_differently(spied):
     evaluate = Evaluator(HOPPER, [0, 1, 2], 3)
     for update in (10, 20, 30):
-        evaluate(wild_policy, update)
+        evaluated(evaluate, wild_policy, update)
     seeds = [seed for row in evaluate.envs for spy in row for seed in spy.seeds]
     assert len(set(seeds)) == 27
 
@@ -77,10 +79,10 @@ def test_every_seed_update_and_episode_starts_differently(spied):
 def test_an_evaluation_is_a_function_of_seed_and_update_alone():
     """Not of other seeds, of evaluations before, or of the number of episodes."""
     together = Evaluator(HOPPER, [4, 5, 6], 3)
-    first, other, again = (together(wild_policy, update) for update in (10, 20, 10))
+    first, other, again = (evaluated(together, wild_policy, update) for update in (10, 20, 10))
     np.testing.assert_array_equal(first.returns, again.returns)
     assert not np.isin(other.returns, first.returns).any()
-    alone = Evaluator(HOPPER, [5], 2)(wild_policy, 10)
+    alone = evaluated(Evaluator(HOPPER, [5], 2), wild_policy, 10)
     np.testing.assert_array_equal(alone.returns[0], first.returns[1, :2])
     np.testing.assert_array_equal(alone.lengths[0], first.lengths[1, :2])
 
@@ -133,7 +135,7 @@ def test_a_pen_played_at_random_returns_about_64():
     # about -150 in 100 steps and -650 in 200. One episode's return deviates by some 180, the mean of 40 by 29.
     rng = np.random.default_rng(0)
     evaluate = Evaluator(ENVIRONMENTS["AdroitHandPen"], [0], 10)
-    returns = [evaluate(lambda obs, step: rng.uniform(-1, 1, (1, 10, 24)), update).returns for update in range(4)]
+    returns = [evaluated(evaluate, lambda obs, step: rng.uniform(-1, 1, (1, 10, 24)), i).returns for i in range(4)]
     assert np.mean(returns) == pytest.approx(64, abs=90)
 
 
@@ -182,7 +184,7 @@ def test_reaching_the_goal_pays_once_and_ends_the_episode():
 
         return np.apply_along_axis(towards, -1, obs).astype(np.float32)
 
-    episodes = Evaluator(environment, [0, 1], 3)(act, 1)
+    episodes = evaluated(Evaluator(environment, [0, 1], 3), act, 1)
     np.testing.assert_array_equal(episodes.returns, np.ones((2, 3)))
     assert (episodes.lengths < 300).all()
     assert episodes.maze.maze_map == maze.maze_map
@@ -193,22 +195,21 @@ def test_reaching_the_goal_pays_once_and_ends_the_episode():
         assert distance[:-1].min() > 0.45 >= distance[-1], "the goal is the centre of its cell"
 
 
-@pytest.mark.parametrize("name", ["PointMaze_UMaze", "AdroitHandPen"])
-def test_copies_of_a_maze_share_their_model_and_those_of_a_hand_whose_target_is_in_it_do_not(name):
-    evaluate = Evaluator(ENVIRONMENTS[name], [0, 1], 2)
-    models = {id(getattr(env.unwrapped, "point_env", env.unwrapped).model) for row in evaluate.envs for env in row}
-    assert len(models) == (1 if name == "PointMaze_UMaze" else 4)
-    rng = np.random.default_rng(0)
-    weights = rng.standard_normal(
-        (evaluate.envs[0][0].observation_space.shape[0], *evaluate.envs[0][0].action_space.shape)
-    )
-    act = lambda obs, step: np.sin((np.asarray(obs, np.float64)[..., None] * weights).sum(axis=-2) + step)
-    together = evaluate(act, 1)
-    for i, j in np.ndindex(2, 2):
-        alone = Evaluator(ENVIRONMENTS[name], [i], j + 1)(act, 1)
-        np.testing.assert_allclose(together.returns[i, j], alone.returns[0, j])
-        if i == 0 and together.paths:
-            np.testing.assert_allclose(together.paths[j], alone.paths[j])
+def test_episodes_for_which_models_leave_no_room_take_turns_and_stay_the_same(monkeypatch):
+    environment, keys = ENVIRONMENTS["PointMaze_UMaze"], jax.random.split(jax.random.key(0), (2, 6))
+    act = lambda obs, keys, step: np.sin(9 * obs[..., :2] + jax.random.key_data(keys) % 7 + step)
+    together = Evaluator(environment, [0, 1], 6)
+    whole = together(act, keys, 1)
+    model = together.envs[0][0].unwrapped.model.nbuffer
+    for room, copies in ((2 * 5 * model, 3), (1, 1)):
+        monkeypatch.setattr(environments, "MODEL_BYTES", room)
+        in_turns = Evaluator(environment, [0, 1], 6)
+        parts = in_turns(act, keys, 1)
+        assert np.shape(in_turns.envs) == (2, copies)
+        np.testing.assert_array_equal(parts.lengths, whole.lengths)
+        np.testing.assert_array_equal(parts.returns, whole.returns)
+        for path, expected in zip(parts.paths, whole.paths, strict=True):
+            np.testing.assert_array_equal(path, expected)
 
 
 def test_the_door_is_paid_as_in_d4rl():

@@ -1,30 +1,15 @@
 """Files damaged at random: what is read is what was written, or one sentence says why not; no traceback, no hang."""
 
-import random
-
 import h5py
 import numpy as np
 import pytest
-from helpers import record_hopper
+from helpers import damaged, record_hopper
 
 from common.harness import datasets as harness
 from common.harness import load_dataset
 from common.harness.datasets import resolve_task
 
-DAMAGES = {
-    "flip": lambda data, at, rng: data[:at] + bytes([data[at] ^ rng.randrange(1, 256)]) + data[at + 1 :],
-    "cut": lambda data, at, rng: data[:at],
-    "zeros": lambda data, at, rng: data[:at] + bytes(min(64, len(data) - at)) + data[at + 64 :],
-    "insert": lambda data, at, rng: data[:at] + rng.randbytes(3) + data[at:],
-}
 few_or = lambda many, few: pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])
-
-
-def damaged(original: bytes, i: int) -> bytes:
-    """Number `i` of a fixed series: every kind of damage, in turn anywhere and among the first 2,000 bytes."""
-    rng = random.Random(i)
-    at = rng.randrange(len(original) if i % 8 < 4 else min(2000, len(original)))
-    return list(DAMAGES.values())[i % 4](original, at, rng)
 
 
 def read_damaged(file, count: int, capsys, **task) -> tuple[int, int]:

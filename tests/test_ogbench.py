@@ -3,6 +3,7 @@
 import gymnasium
 import numpy as np
 import pytest
+from helpers import evaluated
 
 from common.harness import Evaluator, load_dataset
 from common.harness.datasets import resolve_task
@@ -49,7 +50,7 @@ def test_data_are_ogbenchs_own_and_end_where_their_mask_is_0(file, datasets):
 
 def test_an_episode_lasts_200_steps_and_is_paid_for_success_alone(file):
     task = resolve_task(NAME, None, str(file))
-    episodes = Evaluator(task.environment, [0], 1)(lambda obs, step: np.zeros((1, 1, 5), np.float32), 1)
+    episodes = evaluated(Evaluator(task.environment, [0], 1), lambda obs, step: np.zeros((1, 1, 5), np.float32), 1)
     assert (episodes.returns.item(), episodes.lengths.item()) == (0, 200)
 
 

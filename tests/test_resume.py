@@ -15,7 +15,7 @@ from pathlib import Path
 import minari
 import numpy as np
 import pytest
-from helpers import ALGORITHMS, SCRIPTS, flags_of, record_hopper, rows_of, run_script, tiny
+from helpers import ALGORITHMS, SCRIPTS, damaged, fill, flags_of, record_hopper, rows_of, run_script, tiny
 
 from algorithms import bc, td3bc
 from common.harness import Evaluator, Run, load_run
@@ -43,10 +43,10 @@ def train(datasets, tmp_path, monkeypatch, quick_compilation):
     evaluate = Evaluator.__call__
 
     def call(module, folder="", stop=0, **changes):
-        def evaluations(self, policy, update):
+        def evaluations(self, policy, keys, update):
             if update == stop:
                 raise KeyboardInterrupt
-            return evaluate(self, policy, update)
+            return evaluate(self, policy, keys, update)
 
         monkeypatch.setattr(Evaluator, "__call__", evaluations)
         given = changes if "resume" in changes else tiny(module.__name__.split(".")[1]) | SHORT | changes
@@ -78,6 +78,15 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(algorithm, train, 
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
+def test_so_it_is_on_two_devices_that_share_the_seeds():
+    """The test above, where XLA makes two devices of one CPU."""
+    test = f"{__file__}::{test_a_run_that_goes_on_is_the_run_that_was_never_stopped.__name__}[td3bc]"
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    process = subprocess.run([sys.executable, "-m", "pytest", test], env=env, capture_output=True, text=True)
+    assert "1 passed" in process.stdout, process.stdout
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train, tmp_path, capsys, exit_sentence):
     train(td3bc, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
@@ -104,16 +113,20 @@ def test_a_run_that_cannot_be_this_one_is_refused(train, tmp_path, exit_sentence
     assert "data have changed" in exit_sentence(train, td3bc, resume=resume)
 
 
-def test_what_was_written_after_the_checkpoint_is_written_once(train, tmp_path):
-    """Rows of later updates, a row cut off in the middle, an evaluation cut off in the middle."""
+def test_what_was_written_after_the_checkpoint_is_written_once(train, tmp_path, capsys):
+    """Rows of later updates, a row cut off in the middle, an evaluation cut off in the middle, a block of zeros."""
     train(td3bc, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     checkpoints(tmp_path / "cut")[0].unlink()
     for name in ("eval", "metrics"):
         file = tmp_path / "cut" / f"{name}.csv"
-        file.write_bytes(file.read_bytes()[:-4])
+        file.write_bytes(file.read_bytes()[:-4] + (bytes(99) + b"\n") * (name == "metrics"))
     train(td3bc, resume=str(tmp_path / "cut"))
     same_run(tmp_path / "whole", tmp_path / "cut")
+    assert "has lost" not in capsys.readouterr().out
+    (tmp_path / "cut" / "eval.csv").unlink()
+    train(td3bc, resume=str(tmp_path / "cut"))
+    assert "eval.csv has lost 3 evaluations" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -159,26 +172,14 @@ def checkpoint(train, tmp_path):
     return path
 
 
-DAMAGES = {
-    "flip": lambda data, at, rng: data[:at] + bytes([data[at] ^ rng.randrange(1, 256)]) + data[at + 1 :],
-    "cut": lambda data, at, rng: data[:at],
-    "zeros": lambda data, at, rng: data[:at] + bytes(len(data) - at),
-    "insert": lambda data, at, rng: data[:at] + rng.randbytes(3) + data[at:],
-}
-
-
 @pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
 def test_no_damage_to_the_bytes_goes_unseen(checkpoint, count):
-    rng, data = random.Random(0), checkpoint.read_bytes()
+    data = checkpoint.read_bytes()  # of which the headers are the first 2,000
     for i in range(count):
-        damage = DAMAGES[list(DAMAGES)[i % 4]]
-        at = rng.randrange(2000 if i % 8 < 4 else len(data))  # the headers are the first 2,000 bytes
-        damaged = damage(data, at, rng)
-        checkpoint.write_bytes(damaged)
-        if damaged == data:
-            continue
-        with pytest.raises(CheckpointError):
-            load_run(checkpoint.parent, td3bc)
+        if damaged(data, i) != data:
+            checkpoint.write_bytes(damaged(data, i))
+            with pytest.raises(CheckpointError):
+                load_run(checkpoint.parent, td3bc)
 
 
 @pytest.mark.parametrize(
@@ -343,27 +344,20 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch, trai
     assert {path.name.rpartition("__")[2] for path in (tmp_path / "runs").iterdir()} == {"now", "now-1", "now-2"}
 
 
-def test_a_full_disk_ends_the_run_with_a_sentence_and_what_was_saved_is_good(place):
-    small = place.folder / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", small], capture_output=True).returncode:
-        pytest.skip("a small file system can only be made by root")
-    try:
-        process = place.begin("small/run")
-        wait_for(lambda: checkpoints(small / "run"))
-        free = shutil.disk_usage(small).free
-        (small / "ballast").write_bytes(bytes(free - 2**20))
-        output, _ = process.communicate(timeout=120)
+def test_a_full_disk_ends_the_run_with_a_sentence_and_what_was_saved_is_good(place, small_disk):
+    run = small_disk / "run"
+    process = place.begin(run)
+    wait_for(lambda: checkpoints(run))
+    ballast = fill(small_disk, free=2**20)
+    for attempt in range(2):
+        process = place.start("--resume", run) if attempt else process
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 1, output
         assert "Traceback" not in output
         assert re.search(r"No space left on device. All that was saved, up to update \d+, is good.", output)
-        process = place.start("--resume", "small/run")
-        assert "No space left on device" in process.communicate(timeout=120)[0].splitlines()[-1]
-        (small / "ballast").unlink()
-        place.go_on("small/run")
-        same_run(small / "run", place.folder / "whole")
-    finally:
-        subprocess.run(["umount", small], check=True)
+    ballast.unlink()
+    place.go_on(run)
+    same_run(run, place.folder / "whole")
 
 
 def test_the_environment_of_a_notebook_or_without_cuda_gets_a_run_or_a_sentence(tmp_path, made_pointmaze):
@@ -375,8 +369,8 @@ def test_the_environment_of_a_notebook_or_without_cuda_gets_a_run_or_a_sentence(
     assert process.returncode == 1
     assert process.stderr.strip().splitlines()[-1].startswith("JAX cannot use the device that JAX_PLATFORMS=cuda")
     assert "Traceback" not in process.stderr
-    script = shlex.quote(str(SCRIPTS / "bc.py"))
-    process = subprocess.run(
-        f"{shlex.quote(sys.executable)} {script} --help | head -1", shell=True, capture_output=True
-    )
-    assert process.stderr == b""
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(SCRIPTS / 'bc.py'))}"
+    for stream, told in (("--help | head -1", ""), ("--help >&-", ""), ("> /dev/full", "No space left on device")):
+        process = subprocess.run(f"{command} --env-id bandit {stream}", shell=True, capture_output=True, text=True)
+        assert told in process.stderr
+        assert len(process.stderr.splitlines()) == len(told.splitlines())

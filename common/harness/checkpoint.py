@@ -9,10 +9,11 @@ import inspect
 import io
 import json
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import equinox as eqx
 import jax
@@ -28,12 +29,12 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the text says why."""
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """A file at `path` is replaced by a complete one, which is on the disk when this returns, or stays as it is."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -54,8 +55,8 @@ def save_checkpoint(folder: Path, state, header: dict) -> None:
     payload = io.BytesIO()
     payload.write(json.dumps({**header, "structure": str(jax.tree.structure(state))}).encode() + b"\n")
     eqx.tree_serialise_leaves(payload, state)
-    digest = hashlib.sha256(payload.getbuffer()).hexdigest().encode()
-    write_atomically(folder / f"checkpoint-{header['update']}.eqx", b"%s %s\n" % (FORMAT, digest) + payload.getbuffer())
+    parts = b"%s %s\n" % (FORMAT, hashlib.sha256(payload.getbuffer()).hexdigest().encode()), payload.getbuffer()
+    write_atomically(folder / f"checkpoint-{header['update']}.eqx", lambda file: file.writelines(parts))
     for old in checkpoints(folder)[KEPT:]:
         old.unlink(missing_ok=True)
 
@@ -125,7 +126,7 @@ def saved_args(header: dict, kind: type) -> Any:
         check_types(args)
         check_flags(args)
     except (ValueError, TypeError, SystemExit) as error:
-        raise CheckpointError(f"it has impossible arguments: {error}") from None
+        raise CheckpointError(f"it has impossible arguments: {str(error).rstrip('.')}") from None
     return args
 
 

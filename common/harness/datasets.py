@@ -7,7 +7,6 @@ MINARI_DATASETS_PATH, ~/.minari/datasets    the datasets, in Minari's own format
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -31,12 +30,14 @@ from minari.storage.datasets_root_dir import get_dataset_path
 from minari.storage.remotes import DEFAULT_REMOTE, get_cloud_storage
 
 from common.harness import bandit, ogbench, pointmaze
+from common.harness.checkpoint import write_atomically
 from common.harness.d4rl import d4rl_task, read_d4rl
 from common.harness.environments import (
     check_camera,
     make_env,
     make_gym_env,
     observation_parts,
+    reason_of,
     refuse_untrusted,
     task_of_dataset,
 )
@@ -126,12 +127,12 @@ def _ensure_local(dataset_id: str) -> str:
     try:
         parse_dataset_id(dataset_id)
         path = get_dataset_path(dataset_id)
+        if (path / "data" / "metadata.json").exists():
+            return dataset_id
     except (ValueError, TypeError):  # which leaves no way out of the folder of datasets
         raise SystemExit(f"{dataset_id!r} is no id of a Minari dataset, such as D4RL/pen/human-v2.") from None
     except OSError as error:
         raise SystemExit(f"Cannot read datasets ({error}); set MINARI_DATASETS_PATH.") from None
-    if (path / "data" / "metadata.json").exists():
-        return dataset_id
     if dataset_id in pointmaze.DATASETS:
         print(f"Making the dataset {dataset_id} in {path} (once, under a minute) ...", flush=True)
         with _staged(path, pointmaze.MEGABYTES):
@@ -155,10 +156,12 @@ def _ensure_local(dataset_id: str) -> str:
         print(f"Downloading {dataset_id} from {remote}, {size or '?'} MB, into {path} ...", flush=True)
         with _staged(path, float(size or 0)), patch.dict(os.environ, MINARI_REMOTE=remote):  # also of its namespace
             minari.download_dataset(dataset_id)
+    except ImportError:  # of Google's client
+        raise SystemExit(f"{remote} needs a package: `pip install google-cloud-storage` first.") from None
     except Exception as error:  # the client's classes differ from version to version
         raise SystemExit(
             f"Dataset {dataset_id} is not on this machine and could not be downloaded from {remote} "
-            f"({_reason(error)}). {help_text}"
+            f"({reason_of(error)}). {help_text}"
         ) from None
     return dataset_id
 
@@ -181,13 +184,14 @@ def _staged(path: Path, megabytes: float) -> Iterator[None]:
     for folder in root.glob(".making-*"):  # of a run that was killed
         if time.time() - folder.stat().st_mtime > OLD:
             shutil.rmtree(folder, ignore_errors=True)
-    free = shutil.disk_usage(root).free / 1e6
-    if free < 1.1 * megabytes:
-        raise SystemExit(f"{root} has {free:.0f} MB left, and {megabytes:.0f} are needed; set MINARI_DATASETS_PATH.")
     try:
+        with tempfile.TemporaryFile(dir=root) as file:  # without the space, or at a quota, HDF5 would crash
+            os.posix_fallocate(file.fileno(), 0, 1 + int(1.1e6 * megabytes))
         temporary = tempfile.TemporaryDirectory(dir=root, prefix=".making-")
     except OSError as error:
-        raise SystemExit(f"Cannot write datasets to {root} ({error.strerror}); set MINARI_DATASETS_PATH.") from None
+        raise SystemExit(
+            f"Cannot write {megabytes or '?'} MB of datasets to {root} ({error.strerror}); set MINARI_DATASETS_PATH."
+        ) from None
     with temporary as folder:
         with patch.dict(os.environ, MINARI_DATASETS_PATH=folder):
             yield
@@ -265,7 +269,7 @@ def _refusing_damage(name: str, remedy: str = "remove it and download or make it
     try:
         yield
     except Exception as error:
-        reason = _reason(error)
+        reason = reason_of(error)
         if isinstance(error, BlockingIOError):
             advice = f"is open elsewhere ({reason}): wait, or set HDF5_USE_FILE_LOCKING=FALSE"
         elif "does not support" in reason:  # of a later Minari
@@ -275,10 +279,6 @@ def _refusing_damage(name: str, remedy: str = "remove it and download or make it
         else:
             advice = f"cannot be read: {reason}"
         raise SystemExit(f"{name} {advice}.") from None
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 
 def _cached(source: Path, settings, read: Callable[[], tuple[Dataset, np.ndarray]]) -> tuple[Dataset, np.ndarray]:
@@ -295,15 +295,7 @@ def _cached(source: Path, settings, read: Callable[[], tuple[Dataset, np.ndarray
         for left in file.parent.glob("*.tmp"):  # by a run that was killed
             if time.time() - left.stat().st_mtime > OLD:
                 left.unlink(missing_ok=True)
-        if shutil.disk_usage(file.parent).free < 1.1 * sum(array.nbytes for array in dataset):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as stream:
-                np.savez(stream, **dataset._asdict(), ends=ends)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(file, lambda stream: np.savez(stream, **dataset._asdict(), ends=ends))
     except OSError as error:
         print(f"(The dataset could not be cached in {file.parent}: {error.strerror}.)")
     return dataset, ends
@@ -468,7 +460,7 @@ def _check_environment(task: Task, dataset: Dataset, low: np.ndarray, high: np.n
             "; MUJOCO_GL=egl, osmesa or disable may help" if re.search("(?i)egl|glfw|opengl|osmesa", str(error)) else ""
         )
         verb = "cannot be made here" if env is None else "fails"
-        raise SystemExit(f"{name} needs an environment that {verb} ({_reason(error)}{hint}).") from None
+        raise SystemExit(f"{name} needs an environment that {verb} ({reason_of(error)}{hint}).") from None
     env.close()
     space = env.env.action_space  # before it was scaled to [-1, 1]
     obs_shape, act_shape = dataset.obs.shape[1:], dataset.action.shape[1:]

@@ -9,19 +9,19 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import itertools
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from unittest.mock import patch
 
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
-from jaxtyping import Array
+from jaxtyping import Array, Key
 
 from common.harness.records import Episodes
 from common.harness.tasks import OTHER, TASKS, Environment, Task
@@ -34,11 +34,17 @@ except (ImportError, AttributeError, RuntimeError):
     raise SystemExit(f"MuJoCo cannot draw by MUJOCO_GL={way} here: unset it, or {NO_PICTURES}.") from None
 
 TRUSTED = ("gymnasium", "gymnasium_robotics", "ogbench")
+MODEL_BYTES = 2**30  # of all copies of an environment together
 MAX_STEPS = 10_000  # a longer episode is one to record in: its evaluation would not end
 PICTURES = ("render_mode", "width", "height", "camera_id", "camera_name", "default_camera_config", "max_geom")
 ONLOOKERS = ("RecordEpisodeStatistics", "RecordVideo", "HumanRendering", "RenderCollection", "PassiveEnvChecker")
 # Options that the table's protocol sets whatever they were in recording: rewards and ends of the data follow it.
 PROTOCOL = ("continuing_task", "reset_target", "remove_task_when_completed", "terminate_on_tasks_completed")
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what it says, without the full stop."""
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -232,12 +238,22 @@ def check_camera(environment: Environment) -> None:
         ) from None
 
 
+@contextlib.contextmanager
+def _breaking_down(seed: int, update: int, episode: int, step: int) -> Iterator[None]:
+    """Exits with a sentence for whatever an environment raises, whose code is not ours."""
+    try:
+        yield
+    except Exception as error:
+        at = f"update {update}, seed {seed}, episode {episode}, step {step}"
+        raise SystemExit(f"The environment broke down, {at}: {reason_of(error)}.") from None
+
+
 class Evaluator:
     """Copies of an environment for a batch of seeds, kept for the whole run.
 
     Every copy plays one episode and is then left alone, so there is no automatic reset to get wrong. A copy's start
-    depends on (seed, update, episode) only: seeds trained together see what each would see alone. The first copy's
-    episodes become videos in the folder `videos`, if there is one.
+    depends on (seed, update, episode) only: seeds trained together see what each would see alone. The first episode of
+    the first seed becomes a video in the folder `videos`, if there is one.
     """
 
     def __init__(self, environment: Environment, seeds: list[int], num_episodes: int, videos: Path | None = None):
@@ -247,18 +263,15 @@ class Evaluator:
     def envs(self) -> list[list[gymnasium.Env]]:
         """By seed and episode; made at the first evaluation, so that training starts without them.
 
-        Copies of a maze share MuJoCo's model, of up to 12 MB: it differs by the picture of the goal alone.
+        As many as their models, of up to 66 MB, fit into `MODEL_BYTES`: the episodes then take turns.
         """
-        models, load = {}, mujoco.MjModel.from_xml_path
-
-        def load_once(path: str) -> mujoco.MjModel:
-            text = Path(path).read_bytes()
-            return models[text] if text in models else models.setdefault(text, load(path))
-
-        is_maze = self.environment.cells is not None
-        with patch.object(mujoco.MjModel, "from_xml_path", load_once) if is_maze else contextlib.nullcontext():
-            envs = [[make_env(self.environment) for _ in range(self.num_episodes)] for _ in self.seeds]
-        if self.videos is not None:  # a model of its own, whose picture shows its own goal
+        env = make_env(self.environment)
+        env.reset(seed=0)
+        size = len(self.seeds) * getattr(getattr(env.unwrapped, "model", None), "nbuffer", 0)
+        fits = lambda num: num == 1 or (self.num_episodes % num == 0 and num * size <= MODEL_BYTES)
+        copies = max(filter(fits, range(1, self.num_episodes + 1)))
+        envs = [[make_env(self.environment) for _ in range(copies)] for _ in self.seeds]
+        if self.videos is not None:
             with _quietly():  # a resumed run's folder is there
                 camera = make_env(self.environment, render_mode="rgb_array")
                 camera.unwrapped.render_mode = "rgb_array"  # OGBench's arms forget it
@@ -266,45 +279,50 @@ class Evaluator:
                 envs[0][0] = Video(camera, str(self.videos), episode_trigger=lambda episode: False)
         return envs
 
-    def __call__(self, act: Callable[..., Array], update: int) -> Episodes:
-        """`act(obs, step)` maps (seeds, episodes, obs_dim) at a step of the episodes to actions in [-1, 1].
+    def __call__(self, act: Callable[..., Array], keys: Key[Array, "seeds episodes"], update: int) -> Episodes:
+        """`act(obs, keys, step)` maps (seeds, copies, obs_dim) at a step of as many episodes to actions in [-1, 1].
 
-        Exits if the environment returns what is not finite.
+        `keys` has one for each episode. Exits if the environment returns what is not finite.
         """
-        shape = len(self.seeds), self.num_episodes
-        start = lambda *ids: int(np.random.SeedSequence(ids).generate_state(1)[0])
-        obs = np.array(
-            [
-                [env.reset(seed=start(seed, update, episode))[0] for episode, env in enumerate(row)]
-                for seed, row in zip(self.seeds, self.envs)
-            ],
-            np.float32,
-        )
-        returns, lengths = np.zeros(shape), np.zeros(shape, int)
-        paths = [[] for _ in range(self.num_episodes)]
-        running, step, video = list(np.ndindex(shape)), 0, self.envs[0][0] if self.videos else None
+        copies = len(self.envs[0])
+        turns = [self._play(act, keys[:, i : i + copies], update, i) for i in range(0, self.num_episodes, copies)]
+        returns, lengths, paths = zip(*turns)
+        is_maze = self.environment.cells is not None
+        maze, paths = (self.envs[0][0].unwrapped.maze, [*itertools.chain(*paths)]) if is_maze else (None, [])
+        return Episodes(np.concatenate(returns, axis=1), np.concatenate(lengths, axis=1), paths, maze)
+
+    def _play(self, act: Callable[..., Array], keys: Key[Array, "seeds copies"], update: int, first: int):
+        """(returns, lengths, paths of the first seed) of the episodes from number `first` on, one in each copy."""
+        shape = np.shape(self.envs)
+        returns, lengths, obs = np.zeros(shape), np.zeros(shape, int), np.zeros(shape, object)
+        paths, running, step = [[] for _ in range(shape[1])], list(np.ndindex(shape)), 0
+        for i, j in running:
+            ids = self.seeds[i], update, first + j
+            with _breaking_down(*ids, step):
+                obs[i, j], _ = self.envs[i][j].reset(seed=int(np.random.SeedSequence(ids).generate_state(1)[0]))
+        obs = np.array(obs.tolist(), np.float32)
+        video = self.envs[0][0] if self.videos and first == 0 else None
         if video:
             video.start_recording(f"update-{update}")
             video.recorded_frames.append(video.render())
         while running:
-            action = np.asarray(act(obs, step))
+            action = np.asarray(act(obs, keys, step))
             still_running = []
             for i, j in running:
                 if i == 0:
                     paths[j].append(obs[i, j, :2].copy())
-                obs[i, j], reward, terminated, truncated, _ = self.envs[i][j].step(action[i, j])
-                if not (np.isfinite(reward) and np.isfinite(obs[i, j]).all()):
-                    raise SystemExit(
-                        f"The environment broke down, update {update}, seed {self.seeds[i]}, episode {j}, step {step}: "
-                        f"reward {reward}, or an observation that is not finite."
-                    )
+                with _breaking_down(self.seeds[i], update, first + j, step):
+                    obs[i, j], reward, terminated, truncated, _ = self.envs[i][j].step(action[i, j])
+                    if not (np.isfinite(reward) and np.isfinite(obs[i, j]).all()):
+                        raise ValueError(f"reward {reward}, or an observation that is not finite")
                 returns[i, j] += reward
                 lengths[i, j] += 1
                 if not (terminated or truncated):
                     still_running.append((i, j))
             running, step = still_running, step + 1
         if video:
-            video.stop_recording()
-        paths = [np.array([*path, last[:2]]) for path, last in zip(paths, obs[0])]
-        is_maze = self.environment.cells is not None
-        return Episodes(returns, lengths, paths if is_maze else [], self.envs[0][0].unwrapped.maze if is_maze else None)
+            try:
+                video.stop_recording()
+            except OSError as error:  # a run does not end because it could not be filmed
+                print(f"(The video of update {update} could not be written: {reason_of(error)}.)")
+        return returns, lengths, [np.array([*path, last[:2]]) for path, last in zip(paths, obs[0])]

@@ -22,6 +22,8 @@ def check_flags(args) -> None:
     """Exits with a sentence if a flag is outside the bounds of its type, `Positive[int]` and so on."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        if type(value) is int and value >= 2**31:
+            raise SystemExit(f"{flag} must be below 2^31, but is {value}.")
         for option in (hint, *get_args(hint)):  # of `Positive[int] | None`
             for bound in getattr(option, "__metadata__", ()):
                 if isinstance(bound, Bound) and value is not None and not bound.holds(value):

@@ -1,8 +1,9 @@
 """How a script's process ends: imported by it first, so that this holds while the rest is imported, too.
 
 SIGINT, SIGTERM and SIGHUP end it without a traceback and with 128 + their number, as a shell expects. While a run
-trains (`waiting`), the first one waits until the run has saved; a second never waits. A closed pipe, as that of
-`--help | head -1`, is no error, nor is a character that the terminal does not have.
+trains (`waiting`), the first one waits until the run has saved; a second never waits. What the operating system
+refuses is told in a line. A closed pipe, as that of `--help | head -1`, is no error, nor is a closed stream, nor a
+character that the terminal does not have.
 """
 
 import atexit
@@ -30,9 +31,11 @@ def _watch(pipe: int) -> None:
     os._exit(128 + os.read(pipe, 1)[0])
 
 
-def _leave_closed_pipe(kind=None, error=None, traceback=None) -> None:
-    if kind is not None and not issubclass(kind, BrokenPipeError):
+def _leave(kind=None, error=None, traceback=None) -> None:
+    if kind is not None and not issubclass(kind, OSError):
         return sys.__excepthook__(kind, error, traceback)
+    if kind is not None and kind is not BrokenPipeError:
+        print(f"{error}.", file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:
@@ -48,10 +51,12 @@ def install() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _handle)
     threading.Thread(target=_watch, args=(pipe,), daemon=True).start()
-    sys.excepthook = _leave_closed_pipe
-    atexit.register(_leave_closed_pipe)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+    sys.excepthook = _leave
+    atexit.register(_leave)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: this takes its number, before a file of the run would
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="replace")
     os.environ.pop("MPLBACKEND", None)  # a notebook's: matplotlib would look for it, and fail
 
 

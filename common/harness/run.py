@@ -2,7 +2,7 @@
 
 A run is a function of (seed, update), so a checkpoint and what was recorded until then are all that it needs to go on.
 
-runs/<env-id>__<algorithm>__<seed>__<time>/
+runs/<env-id>__<exp-name>__<seed>__<time>/
     args.json            all arguments, versions, git commit, statistics of the dataset
     metrics.csv          losses and the like, by update and seed
     eval.csv             every raw return of every evaluation
@@ -22,11 +22,15 @@ import importlib.metadata
 import itertools
 import json
 import os
+import re
+import secrets
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from platform import python_version
 
@@ -73,6 +77,7 @@ def set_up_jax() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        warnings.filterwarnings("ignore", "Error writing persistent compilation cache")  # of every program: a full disk
     if "xla_cpu_prefer_vector_width" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_prefer_vector_width=512"
     try:
@@ -114,6 +119,7 @@ class Run:
         divisors = (n for n in range(MAX_CHUNK, MIN_CHUNK, -1) if args.eval_every % n == 0)
         self.chunk = next(divisors, args.eval_every)
         self.scores: dict[int, np.ndarray] = {}  # by update, each (seeds,): means over episodes
+        self.needed_space = MIN_SPACE
         self.unit = "score" if task.environment.reference else "return"
         self.header = {
             "algorithm": self.algorithm,
@@ -124,20 +130,22 @@ class Run:
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": python_version()},
             "git_commit": git_commit(),
             "device": jax.devices()[0].device_kind,
+            "id": secrets.token_hex(4),  # the run's, wherever its folder goes
             "update": 0,
         }
         try:
             self.folder = self._open_folder() if args.resume else self._make_folder()
         except OSError as error:
             raise SystemExit(f"Cannot write to the run directory: {error}.") from None
+        self.command = f"python {os.path.relpath(script)} --resume {shlex.quote(str(self.folder))}"
+        self.trackers = self._start_wandb() if args.track else []
         self.videos = self.folder / "videos" if args.capture_video else None
-        self.tracker = _start_wandb(self.folder.name, args) if args.track else None
         print(f"{self.algorithm} on {task.env_id} ({task.environment.domain.name} defaults), files in {self.folder}/")
         print(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(args).items()), flush=True)
 
     def _make_folder(self) -> Path:
         """A folder with args.json, which only one of several runs that want it can make."""
-        name = f"{self.task.env_id}__{self.algorithm}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{self.task.env_id}__{self.args.exp_name}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         suffixes = itertools.chain([""], (f"-{i}" for i in itertools.count(1)))
         given = None if self.args.run_dir is None else Path(self.args.run_dir).expanduser()
         for folder in (given or Path("runs") / f"{name}{suffix}" for suffix in suffixes):
@@ -165,8 +173,9 @@ class Run:
         for name in ("versions", "device", "git_commit"):
             if old.get(name) != self.header[name]:
                 print(f"Note: {name} differ from those that the run began with; its numbers may, too.")
-        self.header["update"] = old["update"]
-        write_atomically(folder / "args.json", json.dumps(self.header | {"update": 0}, indent=2).encode())
+        self.header |= {"id": old.get("id"), "update": old["update"]}
+        text = json.dumps(self.header | {"update": 0}, indent=2)
+        write_atomically(folder / "args.json", lambda file: file.write(text.encode()))
         return folder
 
     def _lock(self, folder: Path) -> None:
@@ -177,9 +186,25 @@ class Run:
         except BlockingIOError:
             raise SystemExit(f"Another process is at work in {folder}/.") from None
 
+    def _start_wandb(self) -> list:
+        """For each seed a run of Weights & Biases, in a group; --resume goes on with the same ones."""
+        group, project, runs = self.folder.name, os.environ.get("WANDB_PROJECT", "edp"), []
+        settings = {"project": project, "group": group, "resume": "allow", "reinit": "create_new"}
+        config = {"algorithm": self.algorithm} | dataclasses.asdict(self.args)
+        try:
+            import wandb
+
+            for seed in self.seeds:
+                of_seed = {"name": f"{group}__seed_{seed}", "id": f"{self.header['id']}-{seed}"}
+                runs.append(wandb.init(**settings, **of_seed, config=config | {"seed": seed}))
+                runs[-1].define_metric("*", step_metric="update")
+        except ImportError:
+            raise SystemExit("--track logs to Weights & Biases: `pip install wandb` first, or leave it out.") from None
+        except wandb.Error as error:
+            raise SystemExit(f"Weights & Biases cannot be used: {str(error).rstrip('.')}.") from None
+        return runs
+
     def __enter__(self):
-        for left in self.folder.glob("*.tmp"):
-            left.unlink()
         update = self.header["update"]
         rows = {name: _read_rows(self.folder / f"{name}.csv", update) for name in ("metrics", "eval")}
         num = len(self.seeds) * self.args.eval_episodes
@@ -188,19 +213,23 @@ class Run:
             if len(returns) == num:
                 returns = np.reshape(returns, (len(self.seeds), -1))
                 self.scores[shown] = normalized_score(self.task.environment, returns).mean(axis=1)
+        if lost := max(update - 1, 0) // self.args.eval_every - len(self.scores.keys() - {update}):
+            print(f"Note: {self.folder}/eval.csv has lost {lost} evaluations.")
         process.waiting = not self.evaluation_due(update)
         rows["eval"] = rows["eval"][: 1 + num * len(self.scores)] or [["update", "seed", "episode", "return", "length"]]
-        self.files, self.csv = {}, {}
-        for name, table in rows.items():
-            text = "".join(",".join(row) + "\n" for row in table)
-            write_atomically(self.folder / f"{name}.csv", text.encode())
-            self.files[name] = (self.folder / f"{name}.csv").open("a", newline="")
-            self.csv[name] = csv.writer(self.files[name], lineterminator="\n")
-        boards = [self.folder / "tensorboard" / f"seed_{seed}" for seed in self.seeds[:MAX_BOARDS]]
-        self.boards = [tensorboardX.SummaryWriter(str(board), purge_step=update + 1) for board in boards]
-        total = self.args.num_updates
+        self.files, self.boards, total = {}, [], self.args.num_updates
+        with self._writing():
+            for left in self.folder.glob("*.tmp"):
+                left.unlink()
+            for name, table in rows.items():
+                lines = [(",".join(row) + "\n").encode() for row in table]
+                write_atomically(self.folder / f"{name}.csv", lambda file: file.writelines(lines))
+                self.files[name] = (self.folder / f"{name}.csv").open("a", newline="")
+            for seed in self.seeds[:MAX_BOARDS]:
+                board = self.folder / "tensorboard" / f"seed_{seed}"
+                self.boards.append(tensorboardX.SummaryWriter(str(board), purge_step=update + 1))
         self.bar = tqdm(total=total, initial=update, unit="update", smoothing=0.1, dynamic_ncols=True)
-        self.saved_at, self.needed_space = time.monotonic(), MIN_SPACE
+        self.saved_at = time.monotonic()
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
@@ -215,24 +244,35 @@ class Run:
             scores, score = np.array(list(self.scores.values())), self.behaviour.statistics["behaviour_score"]
             curve = self.folder / "learning_curve.png"
             _draw(plots.learning_curve, list(self.scores), scores, self.seeds, score, title, self.unit, curve)
-        if self.tracker is not None:
-            self.tracker.finish()
+        for tracker in self.trackers:
+            tracker.finish()
         os.close(self.lock)
-        command = f"python {os.path.relpath(self.script)} --resume {shlex.quote(str(self.folder))}"
-        if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and isinstance(error.code, int)):
-            print(f"Stopped after update {self.header['update']}. To go on: {command}", file=sys.stderr)
-        if isinstance(error, OSError):
-            raise SystemExit(
-                f"Cannot write to {self.folder}/: {error.strerror or 'a video'}. All that was saved, up to update "
-                f"{self.header['update']}, is good. To go on from there: {command}"
-            ) from None
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|Out of memory", str(error)):
             raise SystemExit("There is not enough memory: lower --batch-size or --num-seeds.") from None
+        if error is not None and not isinstance(getattr(error, "code", None), str):  # which says all
+            print(f"Stopped after update {self.header['update']}. To go on: {self.command}", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Exits if the folder cannot be written to; looks for space first, while all that was written is whole."""
+        try:
+            if shutil.disk_usage(self.folder).free < self.needed_space:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield
+        except OSError as error:
+            raise SystemExit(
+                f"Cannot write to {self.folder}/: {error.strerror}. All that was saved, up to update "
+                f"{self.header['update']}, is good. To go on from there: {self.command}"
+            ) from None
 
     def restore(self, state):
         """(state, update) to go on from: of --resume's checkpoint, or `state` and 0."""
-        self.needed_space += 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))  # one whole, one being written
-        self._check_space()
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        if 2 * size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):  # and once more while it is saved
+            raise MemoryError
+        self.needed_space += 2 * size  # one checkpoint whole, one being written
+        with self._writing():
+            pass
         if self.header["update"]:
             try:
                 state = to_devices(read_state(*self.checkpoint, state), over_seeds=True)
@@ -244,9 +284,11 @@ class Run:
         """Saves before an evaluation, every --checkpoint-every minutes, and when a signal waits; then leaves."""
         before_evaluation = update % self.args.eval_every == 0
         if before_evaluation or process.received or time.monotonic() > self.saved_at + 60 * self.args.checkpoint_every:
-            self._check_space()
             try:
-                save_checkpoint(self.folder, state, self.header | {"update": update})
+                with self._writing():
+                    for file in self.files.values():
+                        os.fsync(file.fileno())  # a checkpoint says that all rows until then are there
+                    save_checkpoint(self.folder, state, self.header | {"update": update})
             except CheckpointError as error:
                 raise SystemExit(f"Training diverged: after update {update} {error}.") from None
             self.header["update"], self.saved_at = update, time.monotonic()
@@ -257,11 +299,6 @@ class Run:
 
     def evaluation_due(self, update: int) -> bool:
         return update > 0 and update % self.args.eval_every == 0 and update not in self.scores
-
-    def _check_space(self) -> None:
-        """Raises OSError while all that was written is whole, not in the midst of writing."""
-        if shutil.disk_usage(self.folder).free < self.needed_space:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def keys(self, num: int) -> tuple[Key[Array, " seeds"], ...]:
         """`num` independent keys for every seed, split over the devices."""
@@ -283,16 +320,15 @@ class Run:
                     f"seed {self.seeds[seed]}; a lower --learning-rate or --max-grad-norm may help. "
                     f"Everything until then is in {self.folder}/."
                 )
-        self._check_space()
         means = {name: value.mean(axis=0, dtype=np.float64) for name, value in metrics.items()}
-        if self.files["metrics"].tell() == 0:
-            self.csv["metrics"].writerow(["update", "seed", "updates_per_second", *means])
         self.bar.update(update - self.bar.n)
         rate = self.bar.format_dict["rate"] or update / max(self.bar.format_dict["elapsed"], 1e-9)
-        for i, seed in enumerate(self.seeds):
-            self.csv["metrics"].writerow([update, seed, f"{rate:.4g}", *(f"{mean[i]:.6g}" for mean in means.values())])
-        self._write_scalars(update, {f"train/{name}": mean for name, mean in means.items()})
-        self.files["metrics"].flush()
+        heading = [["update", "seed", "updates_per_second", *means]] if self.files["metrics"].tell() == 0 else []
+        rows = zip(self.seeds, zip(*means.values()))
+        rows = [[update, seed, f"{rate:.4g}", *(f"{mean:.6g}" for mean in of_seed)] for seed, of_seed in rows]
+        scalars = {f"train/{name}": mean for name, mean in means.items()}
+        scalars["charts/updates_per_second"] = np.full(len(self.seeds), rate)
+        self._write("metrics", heading + rows, update, scalars)
         shown = {name: f"{mean.mean():.3g}" for name, mean in means.items() if name.endswith("loss")}
         if self.scores:
             shown["score"] = f"{self.results()['last'].mean():.1f}"
@@ -300,14 +336,11 @@ class Run:
 
     def log_evaluation(self, update: int, episodes: Episodes) -> None:
         """Records every raw return."""
-        self._check_space()
         returns, lengths, paths, maze = episodes
         self.scores[update] = normalized_score(self.task.environment, returns).mean(axis=1)
-        for (i, j), value in np.ndenumerate(returns):
-            self.csv["eval"].writerow([update, self.seeds[i], j, repr(float(value)), lengths[i, j]])
-        self.files["eval"].flush()
+        rows = [[update, self.seeds[i], j, float(value), lengths[i, j]] for (i, j), value in np.ndenumerate(returns)]
         values = {"score": self.scores[update], "return": returns.mean(axis=1), "length": lengths.mean(axis=1)}
-        self._write_scalars(update, {f"eval/{name}": value for name, value in values.items()})
+        self._write("eval", rows, update, {f"eval/{name}": value for name, value in values.items()})
         self.bar.write(
             f"update {update}: score {mean_and_deviation(values['score'])} (behaviour "
             f"{self.behaviour.statistics['behaviour_score']:.1f}), return {mean_and_deviation(values['return'])}"
@@ -334,10 +367,16 @@ class Run:
         print(f"  {'files':<28} {self.folder}/")
         return results
 
-    def _write_scalars(self, update: int, values: dict[str, Float[np.ndarray, " seeds"]]) -> None:
-        for name, of_seeds in values.items():
-            for board, value in zip(self.boards, of_seeds):
-                board.add_scalar(name, float(value), update)
+    def _write(self, table: str, rows: list, update: int, scalars: dict[str, Float[np.ndarray, " seeds"]]) -> None:
+        """Rows to a CSV file, scalars to TensorBoard and trackers."""
+        with self._writing():
+            csv.writer(self.files[table], lineterminator="\n").writerows(rows)
+            self.files[table].flush()
+            for name, of_seeds in scalars.items():
+                for board, value in zip(self.boards, of_seeds):
+                    board.add_scalar(name, float(value), update)
+        for i, tracker in enumerate(self.trackers):
+            tracker.log({"update": update} | {name: float(of_seeds[i]) for name, of_seeds in scalars.items()})
 
 
 def mean_and_deviation(values: np.ndarray) -> str:
@@ -354,21 +393,16 @@ def git_commit() -> str | None:
         return None
 
 
-def _start_wandb(name: str, args):
-    try:
-        import wandb
-    except ImportError:
-        raise SystemExit("--track logs to Weights & Biases: `pip install wandb` first, or leave --track out.") from None
-    return wandb.init(project="edp", name=name, config=dataclasses.asdict(args), sync_tensorboard=True)
-
-
 def _read_rows(file: Path, last: int) -> list[list[str]]:
-    """The heading, and the complete rows of updates up to `last`; none of a file that is not there."""
-    try:
-        heading, *rows = (line.split(",") for line in file.read_text().splitlines())
-    except (OSError, ValueError):
-        return []
-    return [heading, *(row for row in rows if len(row) == len(heading) and int(row[0]) <= last)]
+    """The heading and the rows of updates up to `last`, as far as they are whole; none of a file that is not there."""
+    rows = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in file.read_text(errors="replace").split("\n")[:-1]:
+            row = line.split(",")
+            if rows and (len([*map(float, row)]) != len(rows[0]) or int(row[0]) > last):
+                break
+            rows.append(row)
+    return rows
 
 
 def _draw(picture, *args) -> None:
@@ -384,21 +418,20 @@ def resumed(args):
     if args.resume is None:
         return args
     try:
-        header, _ = newest_header(Path(args.resume).expanduser())
-        saved = saved_args(header, type(args))
-    except CheckpointError as error:
+        saved = saved_args(newest_header(Path(args.resume).expanduser())[0], type(args))
+    except (OSError, CheckpointError) as error:
         raise SystemExit(f"Cannot resume {args.resume}: {error}.") from None
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-    given = {f.name: given[f.name] for f in dataclasses.fields(args) if given[f.name] not in (f.default, None)}
+    fields = dataclasses.fields(args)
+    given = {f.name: value for f in fields if (value := getattr(args, f.name)) not in (f.default, None)}
     for name in given.keys() - {"resume", *FREE}:
         if given[name] != getattr(saved, name):
             raise SystemExit(
                 f"--resume goes on with the settings of its run, in which {name} is {getattr(saved, name)}; only "
                 f"{' and '.join('--' + free.replace('_', '-') for free in FREE)} can be given with it."
             )
-    if given.get("num_updates", saved.num_updates) < saved.num_updates:
+    longer = given.get("num_updates", saved.num_updates) - saved.num_updates
+    if longer < 0:
         raise SystemExit(f"The run in {args.resume} has {saved.num_updates} updates; --num-updates can only be larger.")
-    if saved.lr_decay and given.get("num_updates", saved.num_updates) > saved.num_updates:
+    if longer and saved.lr_decay:
         print("Note: with --lr-decay the learning rate now falls to 0 at the new end; it rises until then.")
-    given = {name: given[name] for name in ("resume", *FREE) if name in given}
     return dataclasses.replace(saved, **{"trust": ""} | given)  # whom to trust is not for a file to say
