@@ -97,7 +97,7 @@ def test_a_filmed_evaluation_is_the_same_and_its_video_shows_every_step(tmp_path
         pytest.skip(error.code)
     plain, filmed = Evaluator(small, [0, 1], 2), Evaluator(small, [0, 1], 2, tmp_path / "videos")
     for update in (10, 20):
-        expected, episodes = (evaluate(wild_policy, update) for evaluate in (plain, filmed))
+        expected, episodes = (evaluated(evaluate, wild_policy, update) for evaluate in (plain, filmed))
         np.testing.assert_array_equal(episodes.returns, expected.returns)
         np.testing.assert_array_equal(episodes.lengths, expected.lengths)
         decode = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(tmp_path / "videos" / f"update-{update}.mp4")]
