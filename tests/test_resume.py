@@ -126,7 +126,7 @@ def test_what_was_written_after_the_checkpoint_is_written_once(train, tmp_path, 
     assert "has lost" not in capsys.readouterr().out
     (tmp_path / "cut" / "eval.csv").unlink()
     train(td3bc, resume=str(tmp_path / "cut"))
-    assert "eval.csv has lost 3 evaluations" in capsys.readouterr().out
+    assert "eval.csv has lost 3 evaluation(s)" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -121,6 +121,7 @@ class Run:
         self.scores: dict[int, np.ndarray] = {}  # by update, each (seeds,): means over episodes
         self.needed_space = MIN_SPACE
         self.unit = "score" if task.environment.reference else "return"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.header = {
             "algorithm": self.algorithm,
             "args": dataclasses.asdict(dataclasses.replace(args, resume=None)),
@@ -129,12 +130,14 @@ class Run:
             "reference_returns": task.environment.reference,  # they score 0 and 100; null where there are none
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": python_version()},
             "git_commit": git_commit(),
-            "device": jax.devices()[0].device_kind,
+            "device": f"{jax.devices()[0].device_kind}, {cores} cores",  # over which XLA shares out its sums
             "id": secrets.token_hex(4),  # the run's, wherever its folder goes
             "update": 0,
         }
         try:
             self.folder = self._open_folder() if args.resume else self._make_folder()
+            text = json.dumps(self.header | {"update": 0}, indent=2).encode()
+            write_atomically(self.folder / "args.json", lambda file: file.write(text))
         except OSError as error:
             raise SystemExit(f"Cannot write to the run directory: {error}.") from None
         self.command = f"python {os.path.relpath(script)} --resume {shlex.quote(str(self.folder))}"
@@ -144,19 +147,17 @@ class Run:
         print(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(args).items()), flush=True)
 
     def _make_folder(self) -> Path:
-        """A folder with args.json, which only one of several runs that want it can make."""
+        """An empty folder, which only one of several runs that want it gets."""
         name = f"{self.task.env_id}__{self.args.exp_name}__{self.args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         suffixes = itertools.chain([""], (f"-{i}" for i in itertools.count(1)))
         given = None if self.args.run_dir is None else Path(self.args.run_dir).expanduser()
         for folder in (given or Path("runs") / f"{name}{suffix}" for suffix in suffixes):
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(parents=True, exist_ok=given is not None)
-                if any(folder.iterdir()):
-                    raise FileExistsError
                 self._lock(folder)
-                with open(folder / "args.json", "x") as file:
-                    json.dump(self.header, file, indent=2)
-                return folder
+                if all(path.suffix == ".tmp" for path in folder.iterdir()):
+                    return folder
+                os.close(self.lock)
             if given is not None:
                 help_text = f"go on with its run by --resume {given}, or " if (given / "args.json").exists() else ""
                 raise SystemExit(f"The run directory {given} is not empty: {help_text}choose another --run-dir.")
@@ -174,8 +175,6 @@ class Run:
             if old.get(name) != self.header[name]:
                 print(f"Note: {name} differ from those that the run began with; its numbers may, too.")
         self.header |= {"id": old.get("id"), "update": old["update"]}
-        text = json.dumps(self.header | {"update": 0}, indent=2)
-        write_atomically(folder / "args.json", lambda file: file.write(text.encode()))
         return folder
 
     def _lock(self, folder: Path) -> None:
@@ -214,7 +213,7 @@ class Run:
                 returns = np.reshape(returns, (len(self.seeds), -1))
                 self.scores[shown] = normalized_score(self.task.environment, returns).mean(axis=1)
         if lost := max(update - 1, 0) // self.args.eval_every - len(self.scores.keys() - {update}):
-            print(f"Note: {self.folder}/eval.csv has lost {lost} evaluations.")
+            print(f"Note: {self.folder}/eval.csv has lost {lost} evaluation(s).")
         process.waiting = not self.evaluation_due(update)
         rows["eval"] = rows["eval"][: 1 + num * len(self.scores)] or [["update", "seed", "episode", "return", "length"]]
         self.files, self.boards, total = {}, [], self.args.num_updates
