@@ -440,7 +440,7 @@ def test_a_full_disk_is_told_before_a_dataset_is_made_and_costs_the_cache_alone(
     assert [path for path in small_disk.rglob("*") if path.is_file()] == [ballast]
     fill(small_disk, free=2 * 10**7)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(small_disk))
-    assert "Cannot write 20.0 MB of datasets" in exit_sentence(resolve_task, "pointmaze-umaze")
+    assert "has 20 MB left, and 22 are needed" in exit_sentence(resolve_task, "pointmaze-umaze")
     assert [path for path in small_disk.rglob("*") if path.is_file()] == [ballast]
 
 

@@ -184,14 +184,13 @@ def _staged(path: Path, megabytes: float) -> Iterator[None]:
     for folder in root.glob(".making-*"):  # of a run that was killed
         if time.time() - folder.stat().st_mtime > OLD:
             shutil.rmtree(folder, ignore_errors=True)
+    free, needed = shutil.disk_usage(root).free / 1e6, 1.1 * megabytes  # without it HDF5 would crash
+    if free < needed:
+        raise SystemExit(f"{root} has {free:.0f} MB left, and {needed:.0f} are needed; set MINARI_DATASETS_PATH.")
     try:
-        with tempfile.TemporaryFile(dir=root) as file:  # without the space, or at a quota, HDF5 would crash
-            os.posix_fallocate(file.fileno(), 0, 1 + int(1.1e6 * megabytes))
         temporary = tempfile.TemporaryDirectory(dir=root, prefix=".making-")
     except OSError as error:
-        raise SystemExit(
-            f"Cannot write {megabytes or '?'} MB of datasets to {root} ({error.strerror}); set MINARI_DATASETS_PATH."
-        ) from None
+        raise SystemExit(f"Cannot write datasets to {root} ({error.strerror}); set MINARI_DATASETS_PATH.") from None
     with temporary as folder:
         with patch.dict(os.environ, MINARI_DATASETS_PATH=folder):
             yield

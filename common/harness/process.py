@@ -42,6 +42,13 @@ def _leave(kind=None, error=None, traceback=None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _leave_all_the_same(unraisable) -> None:
+    """A signal may come where Python cannot raise, as in a callback of its garbage collector."""
+    if isinstance(unraisable.exc_value, SystemExit):
+        os._exit(unraisable.exc_value.code)
+    sys.__unraisablehook__(unraisable)
+
+
 def install() -> None:
     """Signals that the caller ignores, as `nohup` does, stay ignored."""
     pipe, end = os.pipe()
@@ -51,7 +58,7 @@ def install() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _handle)
     threading.Thread(target=_watch, args=(pipe,), daemon=True).start()
-    sys.excepthook = _leave
+    sys.excepthook, sys.unraisablehook = _leave, _leave_all_the_same
     atexit.register(_leave)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed: this takes its number, before a file of the run would
