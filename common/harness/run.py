@@ -130,7 +130,7 @@ class Run:
             "reference_returns": task.environment.reference,  # they score 0 and 100; null where there are none
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": python_version()},
             "git_commit": git_commit(),
-            "device": f"{jax.devices()[0].device_kind}, {cores} cores",  # over which XLA shares out its sums
+            "device": f"{jax.devices()[0].device_kind}, {cores} core(s)",  # over which XLA shares out its sums
             "id": secrets.token_hex(4),  # the run's, wherever its folder goes
             "update": 0,
         }
