@@ -58,7 +58,8 @@ def condense(folder: Path, into: Path) -> None:
     raw, headers = read_raw(folder), {}
     for name, (header, *_) in raw.items():
         headers[name] = {key: value for key, value in header.items() if key != "normalization"}
-        headers[name]["args"] = header["args"] | {"run_dir": None}
+        path = header["args"].get("dataset_path")
+        headers[name]["args"] = header["args"] | {"run_dir": None, "dataset_path": path and Path(path).name}
     into.mkdir(parents=True, exist_ok=True)
     (into / "runs.json").write_text(json.dumps(headers, indent=1) + "\n")
     for i, file in enumerate(("returns.csv", "acting.csv"), 1):
