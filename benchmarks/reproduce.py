@@ -307,7 +307,8 @@ def main(args: Args) -> None:
             record["lines"] = list(LINES[record["kind"]](args))
     manifest = args.folder / "artefacts.json"
     kept = json.loads(manifest.read_text()) if manifest.exists() else {}
-    write_atomically(manifest, json.dumps(kept | artefacts, indent=1).encode() + b"\n")
+    text = json.dumps(kept | artefacts, indent=1).encode() + b"\n"
+    write_atomically(manifest, lambda file: file.write(text))
     failed = run_all(list(jobs.values()), args)
     write_reports(args.folder, names)
     if failed:
