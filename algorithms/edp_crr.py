@@ -106,8 +106,7 @@ class Args:
     max_q_backup: bool = False  # back up the best of 10 next actions, as Diffusion-QL in antmaze
     temperature: Positive[float] = 1.0  # divides the advantage in the weight (beta of Eq. 20)
     num_advantage_actions: Positive[int] = 10  # N of Eq. 21
-    likelihood: Literal["mse", "elbo"] = "mse"
-    """log pi by the Gaussian around the approximated action (Eq. 13) or by the ELBO (Eq. 12)"""
+    likelihood: Literal["mse", "elbo"] = "mse"  # log pi: a Gaussian around a-hat^0 (Eq. 13), or the ELBO (Eq. 12)
 
     def __post_init__(self):  # an impossible diffusion raises ValueError
         make_schedule(self.beta_schedule, self.num_diffusion_steps)
@@ -137,7 +136,8 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
     policy = NoisePredictor(obs_dim, act_dim, policy_key)
     critics = init_twin_critics(obs_dim, act_dim, critics_key, args.critic_layer_norm)
     policy_opt, critics_opt = policy_optimizer.init(policy), optimizer.init(critics)
-    target_critics, target_policy = jax.tree.map(jnp.copy, (critics, policy))  # copies: donated buffers must differ
+    target_critics = jax.tree.map(jnp.copy, critics)  # copied: donated buffers must differ
+    target_policy = jax.tree.map(jnp.copy, policy)
     return TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
 
 

@@ -133,7 +133,7 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
     policy = NoisePredictor(obs_dim, act_dim, policy_key)
     critics = init_twin_critics(obs_dim, act_dim, critics_key, args.critic_layer_norm)
     policy_opt, critics_opt = policy_optimizer.init(policy), optimizer.init(critics)
-    target_critics = jax.tree.map(jnp.copy, critics)  # a copy: donated buffers must differ
+    target_critics = jax.tree.map(jnp.copy, critics)  # copied: donated buffers must differ
     value = Value(obs_dim, value_key, args.critic_layer_norm)
     return TrainState(policy, policy_opt, critics, critics_opt, target_critics, value, optimizer.init(value))
 
@@ -218,10 +218,10 @@ def policy_loss(
     """Eq. 13 and 20: L_diff + eta mean f(s, a) |a - a-hat^0|^2 / 2 (D10, D27)."""
     diffusion, corruption = diffusion_loss(policy, batch, key, args)
     action = approximate_action(corruption, args)
-    weight = jax.lax.stop_gradient(weight)
-    guidance = jnp.mean(weight * jnp.sum((batch.action - action) ** 2, axis=1) / 2)
+    guidance = jnp.mean(jax.lax.stop_gradient(weight) * jnp.sum((batch.action - action) ** 2, axis=1) / 2)
     loss = diffusion + args.eta * guidance
-    metrics = {"policy_loss": loss, "diffusion_loss": diffusion, "guidance_loss": guidance, "weight": weight.mean()}
+    metrics = {"policy_loss": loss, "diffusion_loss": diffusion, "guidance_loss": guidance}
+    metrics |= {"weight": weight.mean()}
     return loss, metrics | {"clipped": jnp.mean(jnp.abs(action) == 1)}
 
 

@@ -112,7 +112,7 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
     policy = GaussianPolicy(obs_dim, act_dim, policy_key)
     critics = init_twin_critics(obs_dim, act_dim, critics_key, args.critic_layer_norm)
     policy_opt, critics_opt = policy_optimizer.init(policy), optimizer.init(critics)
-    target_critics = jax.tree.map(jnp.copy, critics)  # a copy: donated buffers must differ
+    target_critics = jax.tree.map(jnp.copy, critics)  # copied: donated buffers must differ
     value = Value(obs_dim, value_key, args.critic_layer_norm)
     return TrainState(policy, policy_opt, critics, critics_opt, target_critics, value, optimizer.init(value))
 
@@ -155,9 +155,8 @@ def advantage_weight(value: Value, target_critics: Critic, batch: Dataset, args:
 
 def policy_loss(policy: GaussianPolicy, weight: Float[Array, " batch"], batch: Dataset) -> Loss:
     """Eq. 20 (IQL's paper): -mean f(s, a) log pi(a | s)."""
-    weight = jax.lax.stop_gradient(weight)
     log_likelihood = jax.vmap(policy.log_prob)(batch.obs, batch.action)
-    loss = -jnp.mean(weight * log_likelihood)
+    loss = -jnp.mean(jax.lax.stop_gradient(weight) * log_likelihood)
     return loss, {"policy_loss": loss, "log_likelihood": log_likelihood.mean(), "weight": weight.mean()}
 
 

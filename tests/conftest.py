@@ -49,6 +49,12 @@ def quick_compilation():
 
 
 @pytest.fixture
+def quick_networks(quick_compilation, monkeypatch):
+    """For whole runs, whose properties do not depend on depth: one hidden layer, in less than half the time again."""
+    monkeypatch.setattr("common.networks.NUM_HIDDEN", 1)
+
+
+@pytest.fixture
 def datasets(tmp_path, monkeypatch):
     """An empty folder of Minari datasets, and an empty cache, for one test."""
     root = tmp_path / "minari"

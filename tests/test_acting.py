@@ -30,6 +30,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     jax.config.update("jax_disable_most_optimizations", True)  # here and in all tests: what is compared is made alike
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.networks.NUM_HIDDEN", 1)
         patch.chdir(folder)  # MuJoCo writes its warnings into the working directory
         patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
         (folder / "minari").mkdir()
@@ -37,7 +38,7 @@ def trained(tmp_path_factory):
         edp = edp_td3bc.Args(**TINY, **DIFFUSION, batch_size=8, run_dir=str(folder / "edp"), normalize_obs=True)
         edp_td3bc.train(edp)
         bc.train(bc.Args(**TINY, batch_size=8, run_dir=str(folder / "bc"), top_fraction=0.5))
-    yield folder
+        yield folder
     jax.config.update("jax_disable_most_optimizations", False)
 
 

@@ -102,7 +102,7 @@ def test_data_and_evaluation_have_the_same_numbers_in_the_same_order(observation
     np.testing.assert_allclose(returns, LIMIT * (1.75 + 0.75), rtol=1e-5)  # of [-2, 3] and [0, 1]
 
 
-def test_it_is_trained_and_evaluated_with_raw_returns(datasets, tmp_path, quick_compilation):
+def test_it_is_trained_and_evaluated_with_raw_returns(datasets, tmp_path, quick_networks):
     dataset = record(make(observations="nested keys"), "test/custom/random-v0", (2, 4, 4))
     few = {"num_updates": 2, "eval_episodes": 2, "batch_size": 8}
     results = train(Args(dataset_id=dataset.id, trust=__name__, run_dir=str(tmp_path / "run"), **few))

@@ -138,7 +138,7 @@ def test_a_file_of_each_domain_is_read_and_evaluated_in_the_environment_that_fit
         assert env.unwrapped.tasks_to_complete == {"microwave", "kettle", "bottom burner", "light switch"}
 
 
-def test_a_policy_is_learned_from_a_file_and_scored(tmp_path, quick_compilation):
+def test_a_policy_is_learned_from_a_file_and_scored(tmp_path, quick_networks):
     path = record_hopper(tmp_path / "hopper.hdf5")
     few = {"num_updates": 2, "eval_episodes": 1, "batch_size": 8, "run_dir": str(tmp_path / "run")}
     results = bc.train(bc.Args(env_id="hopper-medium-replay", dataset_path=str(path), **few))

@@ -221,7 +221,7 @@ def test_bc_keeps_the_best_episodes_whole_and_in_their_order(fraction, scores):
 
 @pytest.mark.parametrize("normalize_obs", [False, True])
 def test_policies_learn_from_and_act_by_observations_of_one_scale(
-    hopper, normalize_obs, monkeypatch, tmp_path, quick_compilation
+    hopper, normalize_obs, monkeypatch, tmp_path, quick_networks
 ):
     """Standardised by the mean and by the deviation plus 1e-3, if at all."""
     learned, seen = [], []

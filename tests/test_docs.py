@@ -152,7 +152,7 @@ def exercise(tmp_path, monkeypatch):
     del sys.modules["edp_mean_q"]
 
 
-def test_the_exercise_guides_by_the_mean_of_both_critics(exercise, quick_compilation):
+def test_the_exercise_guides_by_the_mean_of_both_critics(exercise, quick_networks):
     args = make_args(exercise, TINY, learning_rate=3e-4, eta=1.0)
     batch = Dataset(*(jnp.full(shape, 0.1) for shape in [(8, 4), (8, 2), (8,), (8, 4), (8,)]))
 
@@ -169,7 +169,7 @@ def test_the_exercise_guides_by_the_mean_of_both_critics(exercise, quick_compila
 
 
 @pytest.mark.slow
-def test_the_exercise_trains(exercise, pointmaze_datasets, tmp_path, quick_compilation):
+def test_the_exercise_trains(exercise, pointmaze_datasets, tmp_path, quick_networks):
     results = exercise.train(make_args(exercise, TINY, run_dir=str(tmp_path / "run")))
     assert results["last"].shape == (2,)
 

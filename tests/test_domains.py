@@ -181,7 +181,7 @@ def cases() -> list:
 
 
 @pytest.mark.parametrize(("env_id", "algorithm"), cases())
-def test_a_task_is_learned_and_scored(env_id, algorithm, datasets, tmp_path, quick_compilation):
+def test_a_task_is_learned_and_scored(env_id, algorithm, datasets, tmp_path, quick_networks):
     record_stand_in(env_id)
     few = {"num_solver_calls": 1, "solver_order": 1, "num_eval_actions": 1}
     few |= {"num_diffusion_steps": 5, "beta_schedule": "vp"} if algorithm == "dql_baseline" else {}

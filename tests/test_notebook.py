@@ -24,18 +24,25 @@ def check(notebook) -> None:
     assert 10 < pays["0"] < 40, "one mode of four"
 
 
-def test_the_notebook_runs_and_its_policy_finds_the_mode_that_pays(monkeypatch):
+@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_notebook_runs_and_its_policy_finds_the_mode_that_pays(is_whole, monkeypatch):
+    """Or just runs, in a hundredth of the updates."""
     nbformat = pytest.importorskip("nbformat", reason="nbclient of requirements-dev.txt brings it")
     nbclient = pytest.importorskip("nbclient", reason="requirements-dev.txt has it")
     pytest.importorskip("ipykernel", reason="requirements-dev.txt has it")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(not is_whole))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         cell.pop("outputs", None)
         if cell.cell_type == "code":
             cell.outputs = []
+            if not is_whole:
+                cell.source = re.sub(r"\b(300|2000)\b", lambda number: number[0][:-2], cell.source)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
-    check(notebook)
+    assert "final score" in printed(notebook)
+    if is_whole:
+        check(notebook)
 
 
 def test_the_outputs_that_are_kept_are_small_and_those_of_such_a_run():

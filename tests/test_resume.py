@@ -36,7 +36,7 @@ def same_run(one: Path, other: Path) -> None:
 
 
 @pytest.fixture
-def train(datasets, tmp_path, monkeypatch, quick_compilation):
+def train(datasets, tmp_path, monkeypatch, quick_networks):
     """`train(algorithm, folder, stop, **changes)` trains here; the evaluation of update `stop` is interrupted."""
     monkeypatch.chdir(tmp_path)
     record_hopper()
@@ -166,10 +166,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 @pytest.fixture
-def checkpoint(train, tmp_path):
-    train(td3bc, tmp_path / "run", num_updates=3)
-    (path,) = checkpoints(tmp_path / "run")
-    return path
+def checkpoint(place, tmp_path):
+    path, _ = checkpoints(place.folder / "whole")
+    return Path(shutil.copy(path, tmp_path))
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
@@ -234,7 +233,7 @@ def place(tmp_path_factory, made_pointmaze, heeded_signals):
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(made_pointmaze, home / "minari")
     env = {"MINARI_DATASETS_PATH": str(home / "minari"), "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
-    flags = flags_of(num_updates=4000, eval_every=1000, eval_episodes=3, batch_size=8, checkpoint_every=1e-4)
+    flags = flags_of(num_updates=2000, eval_every=500, eval_episodes=3, batch_size=8, checkpoint_every=1e-4)
 
     class Place:
         folder = home
@@ -269,21 +268,22 @@ def wait_for(condition, seconds=120):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_is_followed_by_a_save_and_the_command_that_goes_on(place, number):
-    name = f"signal-{number}"
-    process = place.begin(name)
-    wait_for(lambda: checkpoints(place.folder / name))
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, output
-    assert "Traceback" not in output
-    (command,) = re.findall(r"To go on: (.*)", output)
-    assert command.endswith(f"td3bc.py --resume {name}")
-    assert newest_header(place.folder / name)[0]["update"] == int(re.search(r"after update (\d+)", output)[1])
-    process = place.start(*shlex.split(command)[2:])
+def test_a_signal_is_followed_by_a_save_and_the_command_that_goes_on(place):
+    """Three times in one run."""
+    process, before = place.begin("signals"), []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        wait_for(lambda: checkpoints(place.folder / "signals")[:1] != before)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 128 + number, output
+        assert "Traceback" not in output
+        (command,) = re.findall(r"To go on: (.*)", output)
+        assert command.endswith("td3bc.py --resume signals")
+        before = checkpoints(place.folder / "signals")[:1]
+        assert before[0].stem == "checkpoint-" + re.search(r"after update (\d+)", output)[1]
+        process = place.start(*shlex.split(command)[2:])
     process.communicate(timeout=300)
-    same_run(place.folder / name, place.folder / "whole")
+    same_run(place.folder / "signals", place.folder / "whole")
 
 
 def test_a_second_signal_and_one_before_the_run_leave_at_once(place):
@@ -310,7 +310,7 @@ def survives_kills(place, name: str, seed: int) -> None:
     rng = random.Random(seed)
     begun = time.monotonic()
     process = place.begin(name)
-    time.sleep(rng.uniform(0, 12))
+    time.sleep(rng.uniform(0, 9))
     process.kill()
     process.communicate()
     place.go_on(name)
@@ -320,7 +320,7 @@ def survives_kills(place, name: str, seed: int) -> None:
     assert names == whole, f"left behind after {time.monotonic() - begun:.1f} s"
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 30))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 30))])
 def test_kill_9_loses_nothing(place, seed):
     survives_kills(place, f"killed-{seed}", seed)
 

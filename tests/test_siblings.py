@@ -107,7 +107,7 @@ def test_every_flag_is_used(algorithm):
     [
         ("edp_td3bc", "dql_baseline", 40),
         ("edp_td3bc", "edp_crr", 70),
-        ("edp_td3bc", "edp_iql", 104),
+        ("edp_td3bc", "edp_iql", 100),
         ("td3bc", "edp_td3bc", 170),
         ("crr", "edp_crr", 145),
         ("iql", "edp_iql", 125),

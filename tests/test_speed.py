@@ -16,7 +16,7 @@ TINY = {"name": "test", "repeats": 2, "seconds": 0.02}
 
 
 @pytest.fixture
-def tiny_shapes(monkeypatch, quick_compilation):
+def tiny_shapes(monkeypatch, quick_networks):
     """The benchmarks work without the cache of compiled programs; the tests after them shall have theirs."""
     monkeypatch.setitem(speed.SHAPE, "batch_size", 64)
     monkeypatch.setitem(speed.SHAPE, "dataset_size", 100)

@@ -22,7 +22,6 @@ from helpers import ALGORITHMS, SCRIPTS
 from helpers import make_args as args_of
 
 from algorithms import bc, crr, dql_baseline, edp_iql, edp_td3bc, td3bc
-from common import networks
 from common.harness import Dataset, load_run
 from common.harness.checkpoint import CheckpointError, save_checkpoint
 from common.harness.run import seed_keys, to_devices
@@ -33,15 +32,7 @@ SMALL = {"batch_size": 32, "num_updates": 10, "learning_rate": 1e-3, "eta": 1.0,
 SMALL |= {"num_diffusion_steps": 50, "num_solver_calls": 2, "solver_order": 1, "num_eval_actions": 1}
 SMALL |= {"max_grad_norm": 0.01}  # every gradient here is larger
 SMALL |= {"init_noise_scale": 0.001}  # of untrained networks: with 1, every action is clipped to a corner
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shallow_networks():
-    """Depth changes no property that is tested here, only the time that every program takes to compile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "NUM_HIDDEN", 1)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_networks")
 
 
 def over(*modules):
@@ -296,8 +287,9 @@ def test_three_devices_give_what_one_gives(tmp_path):
     """Three seeds are shared out over three devices, which XLA makes of one CPU; two cannot be: each trains both."""
     program = f"""
 import jax, numpy as np, test_training
+from common import networks
 jax.config.update("jax_disable_most_optimizations", True)
-test_training.networks.NUM_HIDDEN = 1
+networks.NUM_HIDDEN = 1
 state, metrics = test_training.train(5)
 assert test_training.edp_td3bc.train_chunk._cache_size() == 1
 shards = state.critics.mlp.layers[0].bias.addressable_shards

@@ -42,7 +42,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
-from common.harness import plots, process
+from common.harness import process
 from common.harness.checkpoint import (
     CheckpointError,
     newest_header,
@@ -242,7 +242,7 @@ class Run:
             title = f"{self.algorithm} on {self.task.env_id}: {results}"
             scores, score = np.array(list(self.scores.values())), self.behaviour.statistics["behaviour_score"]
             curve = self.folder / "learning_curve.png"
-            _draw(plots.learning_curve, list(self.scores), scores, self.seeds, score, title, self.unit, curve)
+            _draw("learning_curve", list(self.scores), scores, self.seeds, score, title, self.unit, curve)
         for tracker in self.trackers:
             tracker.finish()
         os.close(self.lock)
@@ -346,7 +346,7 @@ class Run:
         )
         if maze is not None:
             cells, file = self.task.environment.cells, self.folder / "paths.png"
-            _draw(plots.maze_paths, maze, cells, GOAL_RADIUS, self.behaviour.paths, paths, file)
+            _draw("maze_paths", maze, cells, GOAL_RADIUS, self.behaviour.paths, paths, file)
         process.waiting = True
 
     def results(self) -> dict[str, np.ndarray]:
@@ -404,10 +404,12 @@ def _read_rows(file: Path, last: int) -> list[list[str]]:
     return rows
 
 
-def _draw(picture, *args) -> None:
-    """Calls `picture`; a run does not end because it could not be drawn."""
+def _draw(picture: str, *args) -> None:
+    """Draws one of `plots`; a run does not end because it could not be drawn."""
     try:
-        picture(*args)
+        from common.harness import plots  # not at start-up: Matplotlib takes half a second
+
+        getattr(plots, picture)(*args)
     except Exception as error:
         print(f"({args[-1]} could not be drawn: {error}.)")
 
