@@ -407,7 +407,7 @@ def _read_rows(file: Path, last: int) -> list[list[str]]:
 def _draw(picture: str, *args) -> None:
     """Draws one of `plots`; a run does not end because it could not be drawn."""
     try:
-        from common.harness import plots  # not at start-up: Matplotlib takes half a second
+        from common.harness import plots  # not at start-up, which Matplotlib would slow down
 
         getattr(plots, picture)(*args)
     except Exception as error:
