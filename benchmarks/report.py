@@ -107,13 +107,18 @@ def summary(samples: list[np.ndarray]) -> dict[str, float | None]:
 
 
 def cells_of(artefact: dict, runs: dict[str, Result]) -> list[dict[str, Any]]:
-    """A row of the CSV for each cell and metric: the datasets', then the means of domains with several tasks."""
+    """A row of the CSV for each cell and metric: the datasets', then the means of domains with several tasks, or, of
+    datasets that are none of the paper's, of all that have scores."""
     lines = [(row["data"], row["task"], [row]) for row in artefact["rows"]]
     for domain in dict.fromkeys(domain_of(row["task"]) for row in artefact["rows"] if row["task"]):
         rows = [row for row in artefact["rows"] if row["task"] and domain_of(row["task"]) == domain]
         of = [domain_of(task) for task in artefact["tasks"]].count(domain)
         if len(rows) > 1 or artefact["kind"] == "means":
             lines.append((f"{domain}, mean of {len(rows)} of {of} tasks", domain if len(rows) == of else None, rows))
+    found = [runs[run] for row in artefact["rows"] for run in row["runs"].values() if run in runs]
+    local = not any(row["task"] for row in artefact["rows"])
+    if local and len(artefact["rows"]) > 1 and all(run.header["reference_returns"] for run in found):
+        lines.append((f"all {len(artefact['rows'])}", None, artefact["rows"]))
     cells = []
     for (data, field, rows), (column, spec) in itertools.product(lines, artefact["columns"].items()):
         paper, differs = paper_numbers(artefact["source"], column, field), [row["differs"] for row in rows]
@@ -210,22 +215,28 @@ def every_run(runs: dict[str, Result]) -> str:
 
 
 def draw_curves(artefact: dict, runs: dict[str, Result], behaviour: dict[str, float], file: Path) -> None:
-    """RAT and OMS so far against updates, a row for each dataset; EDP solid, its counterparts dashed."""
+    """RAT and OMS so far against updates, a row for each dataset; EDP solid, its counterparts dashed. Where columns
+    have "seconds", the processor time of an update: RAT against it, too."""
     rat = lambda scores: [METRICS["RAT"](scores[: i + 1]) for i in range(len(scores))]
-    so_far = {"RAT": rat, "OMS": np.maximum.accumulate}
+    panels = [("RAT", rat, "updates"), ("OMS", np.maximum.accumulate, "updates")]
+    if any("seconds" in spec for spec in artefact["columns"].values()):
+        panels.append(("RAT", rat, "processor seconds"))
     base = lambda column: column.removeprefix("EDP + ")
     colors = list(dict.fromkeys(map(base, artefact["columns"])))
-    figure = Figure(figsize=(10, 0.6 + 3.4 * len(artefact["rows"])), layout="constrained")
-    axes = figure.subplots(len(artefact["rows"]), 2, squeeze=False, sharex="row", sharey="row")
+    size = 5 * len(panels), 0.6 + 3.4 * len(artefact["rows"])
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(artefact["rows"]), len(panels), squeeze=False, sharey="row")
     for row, axes_of_row in zip(artefact["rows"], axes):
-        for ax, (metric, curve) in zip(axes_of_row, so_far.items()):
+        for ax, (metric, curve, unit) in zip(axes_of_row, panels):
             for column, run in ((column, runs.get(name)) for column, name in row["runs"].items()):
-                if run and run.updates and "acting" not in artefact["columns"][column]:
-                    style = f"C{colors.index(base(column))}{'--' if base(column) == column else '-'}"
-                    ax.plot(run.updates, np.mean(curve(run.scores), axis=1), style, label=column)
+                spec, style = artefact["columns"][column], f"C{colors.index(base(column))}"
+                each = 1 if unit == "updates" else spec.get("seconds")
+                if run and run.updates and each and "acting" not in spec:
+                    style += "--" if base(column) == column else "-"
+                    ax.plot(np.multiply(run.updates, each), np.mean(curve(run.scores), axis=1), style, label=column)
             if row["data"] in behaviour:
                 ax.axhline(behaviour[row["data"]], color="gray", linestyle=":", label="behaviour")
-            ax.set(title=f"{row['data']}: {metric}", xlabel="updates")
+            ax.set(title=f"{row['data']}: {metric}", xlabel=unit)
         axes_of_row[0].set_ylabel("score, mean over seeds")
     save(figure, axes, file)
 

@@ -254,7 +254,8 @@ def draw_chart(results: dict, peers: dict | None, file: Path) -> None:
     for y, (_, speeds, color) in enumerate(bars):
         median = np.median(speeds)
         ax.barh(y, median, color=color, xerr=[[median - min(speeds)], [max(speeds) - median]], capsize=3)
-        ax.annotate(f"  {median:.3g}", (max(speeds), y), va="center")
+        text = f"{median:,.0f}" if median >= 100 else f"{median:.3g}"
+        ax.annotate(f"  {text}", (max(speeds), y), va="center")
     ax.set_yticks(range(len(bars)), [label for label, *_ in bars])
     ax.set(xscale="log", xlabel="updates per second", xmargin=0.2)
     ax.set_title(title, fontsize="medium")

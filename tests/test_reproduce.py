@@ -139,6 +139,30 @@ def test_a_domains_mean_has_the_papers_beside_it_only_when_all_its_tasks_are_the
         assert (mean["mean"], mean["paper"]) == (15.0 * (count - 1), paper)
 
 
+def test_the_mean_over_local_datasets_stands_last_where_all_have_scores(tmp_path, write_run):
+    rows = []
+    for i in range(3):
+        write_run(f"{i}", np.full((2, 2, 1), 25.0 * i), reference=(0.0, 100.0) if i < 2 else None)
+        rows.append({"data": f"{i}", "task": None, "runs": {"EDP + IQL": f"{i}"}, "differs": []})
+    (*_, all_two), three = (report.cells_of(artefact_of(*rows[:n]), report.read_runs(tmp_path)) for n in (2, 3))
+    assert (all_two["data"], all_two["mean"], all_two["iqm"]) == ("all 2", 12.5, 12.5)
+    assert {cell["data"] for cell in three} == {"0", "1", "2"}  # a return is no score
+
+
+def test_curves_against_processor_time_are_those_against_updates_stretched(tmp_path, write_run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "save", lambda figure, axes, file: drawn.append(axes))
+    write_run("x", np.random.default_rng(0).normal(size=(2, 3, 4)))
+    row = {"data": "a", "task": None, "runs": {"EDP + IQL": "x"}, "differs": []}
+    for spec in ({"flags": "edp_iql"}, {"flags": "edp_iql", "seconds": 0.5}):
+        artefact = artefact_of(row, columns={"EDP + IQL": spec})
+        report.draw_curves(artefact, report.read_runs(tmp_path), {}, tmp_path / "t.png")
+    (without,), (axes,) = drawn
+    updates, stretched = (axes[i].lines[0].get_xydata() for i in (0, 2))
+    assert len(without) == 2 and axes[2].get_xlabel() == "processor seconds"
+    np.testing.assert_allclose(stretched, updates * [0.5, 1])
+
+
 def test_table_6_has_the_papers_rat_beside_last_scores(tmp_path, write_run):
     write_run("x", np.ones((2, 1, 1)))
     row = {"data": "hopper-medium", "task": "hopper-medium", "runs": {"TD3+BC": "x"}, "differs": []}
@@ -177,7 +201,7 @@ def test_published_tables_recompute_from_the_results(tmp_path):
     cells = report.cells_of(artefact, runs := report.read_runs(folder))
     behaviour, last = report.behaviour_scores(artefact, runs), [cell for cell in cells if cell["metric"] == "last"]
     lines = report.table(last, behaviour, report.mean).splitlines()
-    assert len(lines) == 7 and all(line in pages for line in lines)
+    assert len(lines) == 8 and all(line in pages for line in lines)
 
 
 # ----------------------------------------------------------------------------------------------------------- planning
