@@ -17,6 +17,9 @@ from common.harness import pointmaze
 
 ROOT = Path(__file__).parents[1]
 
+# On the CPU unless JAX_PLATFORMS says otherwise: a GPU multiplies in TF32, which tolerances of 1e-6 do not allow.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 # An accidental (batch,) + (batch, 1) is an error here, not a (batch, batch) matrix.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
