@@ -145,7 +145,7 @@ def execute(job: Job, env: dict[str, str], cores: str = "", stop: threading.Even
         while command and not stop.is_set():
             if "--run-dir" in command:
                 shutil.rmtree(job.folder, ignore_errors=True)  # of a run that ended before its first checkpoint
-            print("$ python", *command, file=log, flush=True)
+            print("\n$ python", *command, file=log, flush=True)  # a run that was cut leaves half a line
             process = subprocess.Popen(
                 [sys.executable, "-c", PRELUDE, str(os.getpid()), cores, *command],
                 stdout=log,
