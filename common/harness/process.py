@@ -17,9 +17,17 @@ waiting = False  # set by a run while it trains
 received: list[int] = []  # the signals that wait
 
 
+def _importing(frame) -> bool:
+    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
 def _handle(number: int, frame) -> None:
     received.append(number)
     if not waiting:
+        if _importing(frame):  # an exception while a C++ extension is loaded may end in abort()
+            os._exit(128 + number)
         sys.exit(128 + number)
 
 
