@@ -306,13 +306,13 @@ def test_a_second_signal_and_one_before_the_run_leave_at_once(place):
 
 
 def test_a_signal_while_a_module_is_imported_raises_nothing_there(tmp_path):
-    """jaxlib aborts when an exception comes while its extensions are loaded."""
+    """jaxlib aborts when an exception comes while its extensions are loaded. What was printed before stays."""
     module = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\nfinally:\n    print('raised')\n"
     (tmp_path / "module.py").write_text(module)
-    program = "from common.harness import process; process.install(); import module"
+    program = "from common.harness import process; process.install(); print('before'); import module"
     environ = os.environ | {"PYTHONPATH": f"{SCRIPTS.parent}{os.pathsep}{tmp_path}"}
     done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (143, ""), done
+    assert (done.returncode, done.stdout) == (143, "before\n"), done
 
 
 def survives_kills(place, name: str, seed: int) -> None:

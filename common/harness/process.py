@@ -27,6 +27,7 @@ def _handle(number: int, frame) -> None:
     received.append(number)
     if not waiting:
         if _importing(frame):  # an exception while a C++ extension is loaded may end in abort()
+            _leave()
             os._exit(128 + number)
         sys.exit(128 + number)
 
