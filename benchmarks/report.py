@@ -106,9 +106,9 @@ def summary(samples: list[np.ndarray]) -> dict[str, float | None]:
     return numbers | {"deviation": of_seeds.std(ddof=1), "iqm_low": interval.low, "iqm_high": interval.high}
 
 
-def cells_of(artefact: dict, runs: dict[str, Result]) -> list[dict[str, Any]]:
-    """A row of the CSV for each cell and metric: the datasets', then the means of domains with several tasks, or, of
-    datasets that are none of the paper's, of all that have scores."""
+def lines_of(artefact: dict, runs: dict[str, Result]) -> list[tuple[str, str | None, list[dict]]]:
+    """(name, the paper's field, rows to take the mean of): the datasets, then the domains with several tasks, or, of
+    datasets that are none of the paper's, all of them if they have scores. Of means, these without the datasets."""
     lines = [(row["data"], row["task"], [row]) for row in artefact["rows"]]
     for domain in dict.fromkeys(domain_of(row["task"]) for row in artefact["rows"] if row["task"]):
         rows = [row for row in artefact["rows"] if row["task"] and domain_of(row["task"]) == domain]
@@ -119,8 +119,13 @@ def cells_of(artefact: dict, runs: dict[str, Result]) -> list[dict[str, Any]]:
     local = not any(row["task"] for row in artefact["rows"])
     if local and len(artefact["rows"]) > 1 and all(run.header["reference_returns"] for run in found):
         lines.append((f"all {len(artefact['rows'])}", None, artefact["rows"]))
+    return (artefact["kind"] == "means" and lines[len(artefact["rows"]) :]) or lines
+
+
+def cells_of(artefact: dict, runs: dict[str, Result]) -> list[dict[str, Any]]:
+    """A row of the CSV for each line, column and metric."""
     cells = []
-    for (data, field, rows), (column, spec) in itertools.product(lines, artefact["columns"].items()):
+    for (data, field, rows), (column, spec) in itertools.product(lines_of(artefact, runs), artefact["columns"].items()):
         paper, differs = paper_numbers(artefact["source"], column, field), [row["differs"] for row in rows]
         if list(artefact["metrics"]) == ["last"]:
             paper["last"] = paper.get("RAT", "")  # of Table 6
@@ -170,8 +175,6 @@ def table(cells: list[dict], behaviour: dict[str, float], text: Callable[[dict],
 
 def tables(artefact: dict, cells: list[dict], behaviour: dict[str, float]) -> list[str]:
     """Of each metric the means and the interquartile means; what is not as in the paper."""
-    if artefact["kind"] == "means":
-        cells = [cell for cell in cells if cell["data"] not in behaviour] or cells
     if artefact["kind"] == "sweep":  # a row for each setting
         cells = [cell | {"data": cell["column"], "column": cell["data"]} for cell in cells]
     parts = []
@@ -215,28 +218,32 @@ def every_run(runs: dict[str, Result]) -> str:
 
 
 def draw_curves(artefact: dict, runs: dict[str, Result], behaviour: dict[str, float], file: Path) -> None:
-    """RAT and OMS so far against updates, a row for each dataset; EDP solid, its counterparts dashed. Where columns
-    have "seconds", the processor time of an update: RAT against it, too."""
+    """RAT and OMS so far against updates, a row for each dataset or, of means, for each mean; EDP solid, its
+    counterparts dashed. Where columns have "seconds", the processor time of an update: RAT against it, too."""
     rat = lambda scores: [METRICS["RAT"](scores[: i + 1]) for i in range(len(scores))]
     panels = [("RAT", rat, "updates"), ("OMS", np.maximum.accumulate, "updates")]
     if any("seconds" in spec for spec in artefact["columns"].values()):
         panels.append(("RAT", rat, "processor seconds"))
     base = lambda column: column.removeprefix("EDP + ")
     colors = list(dict.fromkeys(map(base, artefact["columns"])))
-    size = 5 * len(panels), 0.6 + 3.4 * len(artefact["rows"])
+    lines = lines_of(artefact, runs)[: None if artefact["kind"] == "means" else len(artefact["rows"])]
+    size = 5 * len(panels), 0.6 + 3.4 * len(lines)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(artefact["rows"]), len(panels), squeeze=False, sharey="row")
-    for row, axes_of_row in zip(artefact["rows"], axes):
+    axes = figure.subplots(len(lines), len(panels), squeeze=False, sharey="row")
+    for (name, _, rows), axes_of_row in zip(lines, axes):
+        of_data = [behaviour.get(row["data"]) for row in rows]
         for ax, (metric, curve, unit) in zip(axes_of_row, panels):
-            for column, run in ((column, runs.get(name)) for column, name in row["runs"].items()):
-                spec, style = artefact["columns"][column], f"C{colors.index(base(column))}"
+            for column, spec in artefact["columns"].items():
+                found = [run for row in rows if (run := runs.get(row["runs"][column])) and run.updates]
                 each = 1 if unit == "updates" else spec.get("seconds")
-                if run and run.updates and each and "acting" not in spec:
-                    style += "--" if base(column) == column else "-"
-                    ax.plot(np.multiply(run.updates, each), np.mean(curve(run.scores), axis=1), style, label=column)
-            if row["data"] in behaviour:
-                ax.axhline(behaviour[row["data"]], color="gray", linestyle=":", label="behaviour")
-            ax.set(title=f"{row['data']}: {metric}", xlabel=unit)
+                together = len(found) == len(rows) and all(run.updates == found[0].updates for run in found)
+                if together and each and "acting" not in spec:
+                    style = f"C{colors.index(base(column))}" + ("--" if base(column) == column else "-")
+                    scores = np.mean([np.mean(curve(run.scores), axis=1) for run in found], axis=0)
+                    ax.plot(np.multiply(found[0].updates, each), scores, style, label=column)
+            if None not in of_data:
+                ax.axhline(np.mean(of_data), color="gray", linestyle=":", label="behaviour")
+            ax.set(title=f"{name}: {metric}", xlabel=unit)
         axes_of_row[0].set_ylabel("score, mean over seeds")
     save(figure, axes, file)
 

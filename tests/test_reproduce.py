@@ -163,6 +163,22 @@ def test_curves_against_processor_time_are_those_against_updates_stretched(tmp_p
     np.testing.assert_allclose(stretched, updates * [0.5, 1])
 
 
+def test_the_curve_of_a_mean_is_the_mean_of_the_datasets_curves(tmp_path, write_run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "save", lambda figure, axes, file: drawn.append(axes))
+    rows = []
+    for name in ("a", "b"):
+        write_run(name, np.random.default_rng(len(rows)).normal(size=(2, 3, 4)), reference=(0.0, 100.0))
+        rows.append({"data": name, "task": None, "runs": {"EDP + IQL": name}, "differs": []})
+    for kind in ("table", "means"):
+        artefact, behaviour = artefact_of(*rows, kind=kind), {"a": 1.0, "b": 4.0}
+        report.draw_curves(artefact, report.read_runs(tmp_path), behaviour, tmp_path / "t.png")
+    each, ((mean, _),) = drawn
+    a, b, of_both = (axes.lines[0].get_xydata() for axes in (each[0, 0], each[1, 0], mean))
+    np.testing.assert_allclose(of_both, (a + b) / 2)
+    assert set(mean.lines[1].get_ydata()) == {2.5} and mean.get_title() == "all 2: RAT"
+
+
 def test_table_6_has_the_papers_rat_beside_last_scores(tmp_path, write_run):
     write_run("x", np.ones((2, 1, 1)))
     row = {"data": "hopper-medium", "task": "hopper-medium", "runs": {"TD3+BC": "x"}, "differs": []}
