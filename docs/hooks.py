@@ -1,6 +1,7 @@
 """What MkDocs cannot do by itself: pages made from the source, mathematics without a network, links out of docs/.
 
     <!-- source: algorithms/iql.py -->       each function beside its equations (docs/algorithms/equations.md); flags
+    <!-- code: minimal/edp.py K to SIGMA -->  these definitions, and beside them the text up to the next mark or heading
     <!-- side by side: iql edp_iql -->       two files of algorithms/, line by line, with the words that differ marked
     $...$, $$...$$                           MathML, which browsers show by themselves, in the font STIX Two Math
     [text](../benchmarks/results/x.csv)      the file becomes part of the site; README.md is its first page
@@ -47,7 +48,9 @@ def on_page_markdown(markdown, page, config, files):
         markdown = re.sub(r"^\| (D\d+) \|", r'| <span id="\1">\1</span> |', markdown, flags=re.MULTILINE)
     folder = ROOT if uri == "index.md" else Path(page.file.abs_src_path).parent
     link = lambda match: site_link(match, folder, uri, config, files)
-    return re.sub(r"\[([^\[\]]*(?:!\[[^\]]*\]\([^)]*\))?)\]\(([^)#\s:]+)(#[^)\s]*)?\)", link, markdown)
+    markdown = re.sub(r"\[([^\[\]]*(?:!\[[^\]]*\]\([^)]*\))?)\]\(([^)#\s:]+)(#[^)\s]*)?\)", link, markdown)
+    mark = r"^<!-- code: (\S+) (\w+)(?: to (\w+))? -->\n(.*?)(?=^<!-- code|^## |\Z)"  # last: code is full of [a](b)
+    return re.sub(mark, lambda m: explained(*m.groups()), markdown, flags=re.MULTILINE | re.DOTALL)
 
 
 def on_page_content(content, page, config, files):
@@ -113,11 +116,8 @@ def source_page(name: str) -> str:
         text = equations().get((function.name, path.stem)) or equations().get((function.name, ""))
         if text is None:
             raise PluginError(f"equations.md has no section for {function.name} of {name}")
-        code = "\n".join(lines[function.lineno - 1 : function.end_lineno])
-        title = f"{name}, lines {function.lineno} to {function.end_lineno}"
-        fence = f'``` {{ .python linenums="{function.lineno}" title="{title}" }}\n{code}\n```'
-        columns = "\n\n".join(f"<div markdown>\n\n{column}\n\n</div>" for column in (with_notes(text), fence))
-        parts.append(f'### `{function.name}`\n\n<div class="beside" markdown>\n\n{columns}\n\n</div>')
+        code = fence(name, lines, function.lineno, function.end_lineno)
+        parts.append(f"### `{function.name}`\n\n{beside('beside', with_notes(text), code)}")
     notes = re.findall(r"^(D\d+) +(.+)$", header, flags=re.MULTILINE)
     if notes:
         rows = [f"| {with_notes(number)} | {text} |" for number, text in notes]
@@ -133,6 +133,33 @@ def source_page(name: str) -> str:
                 rows.append(f"| `{flag}` | {default} | {text.replace('|', '&#124;')} |")
         parts += ["## Flags", "\n".join(["| flag | default | meaning |", "|---|---|---|", *rows])]
     return "\n\n".join(parts)
+
+
+def explained(name: str, first: str, last: str | None, text: str) -> str:
+    """The definitions of a file from `first` to `last`, with the comment above them, beside a text, as Markdown."""
+    path = ROOT / name
+    if not path.is_file():
+        raise PluginError(f"there is no file {name}")
+    lines, places = path.read_text().splitlines(), {}
+    for node in ast.parse(path.read_text()).body:
+        names = [node.name] if hasattr(node, "name") else re.findall(r"\w+", lines[node.lineno - 1].partition(" = ")[0])
+        places |= {defined: (node.lineno, node.end_lineno) for defined in names}
+    if not {first, last or first} <= set(places):
+        raise PluginError(f"{name} does not define {first} or {last}")
+    start, end = places[first][0], places[last or first][1]
+    while lines[start - 2].startswith(("#", "@")):  # comments and decorators
+        start -= 1
+    return beside("beside code-first", fence(name, lines, start, end), text.strip()) + "\n\n"
+
+
+def fence(name: str, lines: list[str], first: int, last: int) -> str:
+    code = "\n".join(lines[first - 1 : last])
+    return f'``` {{ .python linenums="{first}" title="{name}, lines {first} to {last}" }}\n{code}\n```'
+
+
+def beside(classes: str, left: str, right: str) -> str:
+    columns = "\n\n".join(f"<div markdown>\n\n{column}\n\n</div>" for column in (left, right))
+    return f'<div class="{classes}" markdown>\n\n{columns}\n\n</div>'
 
 
 def with_notes(text: str) -> str:
