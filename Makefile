@@ -4,38 +4,33 @@ VENV := .venv/bin
 
 .PHONY: demo test test-slow lint docs figures clean
 
-demo: .venv/.installed  ## learn pointmaze-umaze with EDP + IQL: no download, a minute and a half on two cores
+demo: .venv/requirements.installed  ## learn pointmaze-umaze with EDP + IQL: no download, a minute and a half on two cores
 	$(VENV)/python algorithms/edp_iql.py --env-id pointmaze-umaze --num-updates 2000
 
-test: .venv/.installed-dev  ## everything but the learning tests that take minutes
-	$(VENV)/python -m pytest -m "not slow" -n 2 --dist loadfile
+test: .venv/requirements-dev.installed  ## everything but the learning tests that take minutes
+	$(VENV)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
-test-slow: .venv/.installed-dev
+test-slow: .venv/requirements-dev.installed
 	$(VENV)/python -m pytest -m slow
 
-lint: .venv/.installed-dev
+lint: .venv/requirements-dev.installed
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 
-docs: .venv/.installed-docs  ## the site, in site/: open site/index.html, no network needed
+docs: .venv/requirements-docs.installed  ## the site, in site/: open site/index.html, no network needed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --strict
 
-figures: .venv/.installed  ## tables and pictures of the docs again, from benchmarks/results/
+figures: .venv/requirements.installed  ## tables and pictures of the docs again, from benchmarks/results/
 	$(VENV)/python benchmarks/report.py benchmarks/results/*/
 
 clean:
 	rm -rf .venv site
 
-.venv/.installed: requirements.txt pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(VENV)/pip install -q -r requirements.txt
+.venv/requirements-dev.installed: requirements.txt requirements-docs.txt  # which it includes
+
+.venv/%.installed: %.txt | $(VENV)/pip
+	$(VENV)/pip install -q -r $<
 	touch $@
 
-.venv/.installed-dev: .venv/.installed requirements-dev.txt
-	$(VENV)/pip install -q -r requirements-dev.txt
-	touch $@
-
-.venv/.installed-docs: requirements-docs.txt
+$(VENV)/pip:
 	$(PYTHON) -m venv .venv
-	$(VENV)/pip install -q -r requirements-docs.txt
-	touch $@

@@ -20,9 +20,12 @@ All differences from the paper and from the official code are in docs/difference
 """
 
 # ------------------------------------------------------------------------------------------------------ imports
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's common/, whatever is installed
 import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
@@ -33,7 +36,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from common.diffusion import Prediction, ScheduleName, corrupt, ddpm_sample, implied_noise, make_schedule
 from common.dpm_solver import dpm_solver_sample, solver_orders
-from common.harness import Dataset, Evaluator, Loss, Preset, RewardRule, Run, load_dataset, setup
+from common.harness import Dataset, Loss, Preset, RewardRule, Run, load_dataset, setup
 from common.harness.flags import NonNegative, Positive, UnitInterval
 from common.networks import Critic, NoisePredictor, init_twin_critics, twin_q
 
@@ -57,9 +60,9 @@ class Args:
     trust: str = ""
     """packages, a,b,..., whose code the data may run as their environment, beside Gymnasium's and OGBench's"""
     reward_rule: RewardRule | None = None
-    """rewards: bandit, mazes cql_antmaze (IQL's mazes iql_antmaze), locomotion none (iql_locomotion), else normalize"""
+    """rewards: none; in mazes and bandit cql_antmaze, in adroit and kitchen normalize"""
     preset: Preset | None = None
-    """paper; or fast, for some thousands of updates (README, "Short of compute?"), which is pointmaze's default"""
+    """settings: paper; in pointmaze and bandit fast, for some thousands of updates (README, "Short of compute?")"""
     normalize_obs: bool = False  # standardise observations by the dataset's mean and deviation
     seed: NonNegative[int] = 0  # the first seed; a run is a function of (seed, update)
     num_seeds: Positive[int] = 1  # seeds trained together in one program: seed, seed + 1, ...
@@ -80,22 +83,19 @@ class Args:
 
     # Optimisation
     num_updates: Positive[int] | None = None
-    """gradient updates: 2,000,000 in locomotion, 3,000 in pointmaze, 400 in bandit, else 1,000,000"""
+    """updates: 2,000,000; in antmaze, adroit, kitchen and OGBench 1,000,000, in pointmaze 3,000, in bandit 400"""
     batch_size: Positive[int] = 256  # transitions of an update
-    learning_rate: Positive[float] | None = None
-    """Adam's, for all networks: 3e-4; in adroit 3e-5 (Table 3), in bandit 3e-3"""
+    learning_rate: Positive[float] | None = None  # Adam's, all networks: 3e-4; in adroit 3e-5 (Table 3), in bandit 3e-3
     lr_decay: bool = False  # cosine decay of the policy's learning rate to 0
     max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network (Table 3)
     gamma: UnitInterval[float] = 0.99  # discount
     tau: UnitInterval[float] = 0.005  # Polyak rate of the targets
-    critic_layer_norm: bool = False
-    """layer normalisation in the value networks, as RLPD (Ball et al. 2023) and ReBRAC (Tarasov et al. 2023) advise"""
+    critic_layer_norm: bool = False  # layer normalisation in the value networks (RLPD, Ball et al. 2023; ReBRAC)
 
     # Diffusion
     num_diffusion_steps: Positive[int] = 1000  # K; in bandit, for DDPM, 5 with --beta-schedule vp
     beta_schedule: ScheduleName = "linear"  # noise schedule; "vp" for few steps
-    prediction: Prediction = "noise"
-    """what the network predicts: the noise in a^k, as the paper, or the clean action a^0"""
+    prediction: Prediction = "noise"  # of the network: the noise in a^k, as in the paper, or the clean action a^0
     sampler: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver, or all K steps of DDPM
     num_solver_calls: Positive[int] = 15  # network calls of DPM-Solver
     solver_order: Positive[int] = 3  # order of DPM-Solver: 1 (DDIM), 2 or 3
@@ -299,20 +299,14 @@ def train(args: Args) -> dict:
     mean, std = (behaviour.obs_mean, behaviour.obs_std) if args.normalize_obs else (0, 1)
     dataset = dataset._replace(obs=(dataset.obs - mean) / std, next_obs=(dataset.next_obs - mean) / std)
     with Run(__file__, args, task, behaviour) as run:
-        dataset = run.to_devices(dataset)
-        init_keys, train_keys, act_keys = run.keys(3)
-        obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
+        dataset, obs_dim, act_dim = run.to_devices(dataset), dataset.obs.shape[1], dataset.action.shape[1]
         init = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))
-        state, start = run.restore(run.to_devices(init(init_keys), over_seeds=True))
-        evaluate = Evaluator(task.environment, run.seeds, args.eval_episodes, run.videos)
+        state, start = run.restore(init(run.init_keys))
         for update in range(start, args.num_updates + 1, run.chunk):
             if update > start:
-                state, metrics = train_chunk(state, update, train_keys, dataset, args, run.chunk)
-                run.log_metrics(update, metrics)
-                run.save(update, state)
-            if run.evaluation_due(update):
-                policy = lambda obs, keys, step: act(state, (obs - mean) / std, keys, step, args)
-                run.log_evaluation(update, evaluate(policy, run.episode_keys(act_keys, update), update))
+                state, metrics = train_chunk(state, update, run.train_keys, dataset, args, run.chunk)
+                run.save(update, state, metrics)
+            run.evaluate(update, lambda obs, keys, step: act(state, (obs - mean) / std, keys, step, args))
         return run.finish()
 
 

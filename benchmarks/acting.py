@@ -11,13 +11,17 @@ had it. Raw returns are added to <run>/acting.csv. Also printed: how far the pol
 states of the data, and how far the data's actions are. A policy that cloned the behaviour well has the two alike.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's common/, whatever is installed
+import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 import csv
 import dataclasses
 import importlib
 import io
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -26,7 +30,8 @@ import tyro
 
 from common.harness import Dataset, Evaluator, load_dataset, load_run, setup
 from common.harness.checkpoint import CheckpointError, newest_header
-from common.harness.run import mean_and_deviation, seed_keys
+from common.harness.devices import seed_keys
+from common.harness.recorder import mean_and_deviation
 from common.harness.tasks import normalized_score
 
 ALGORITHMS = [path.stem for path in (Path(__file__).parents[1] / "algorithms").glob("[!_]*.py")]

@@ -5,7 +5,11 @@
 Trains three policies on `--env-id bandit` by the algorithm files' own functions (a minute on a CPU) and draws actions.
 """
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's common/, whatever is installed
+import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
-import common.harness.process  # noqa: F401  a signal leaves no traceback
 from algorithms import bc, edp_td3bc
 from common.diffusion import implied_noise, make_schedule
 from common.dpm_solver import dpm_solver_sample
 from common.harness import load_dataset, setup
 from common.harness.bandit import MODES, RADIUS, reward_of
-from common.harness.run import seed_keys
+from common.harness.devices import seed_keys
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 COLORS = np.array(["tab:orange", "tab:gray", "tab:purple", "tab:green"])  # by mode; the first one pays

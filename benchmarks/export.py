@@ -13,8 +13,12 @@ step    () int32: the number of the step in the episode; seed and step together 
 action  (batch, act_dim) in [-1, 1]: the file does not know the bounds of the environment, so scale to them
 """
 
-from dataclasses import dataclass
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's common/, whatever is installed
+import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
+from dataclasses import dataclass
 
 import jax
 import jax.export

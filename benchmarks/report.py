@@ -8,13 +8,17 @@ A folder has runs below it, or condensed: runs.json (the args.json of each), ret
 artefacts.json, if there is one, says which run is which cell; <name>.md, .csv and .png are made from it.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's common/, whatever is installed
+import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 import csv
 import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +27,7 @@ from matplotlib.figure import Figure
 from runner import Result, other_settings, read_csv, read_run, result_of
 from scipy import stats
 
-from common.harness.run import RAT_WINDOW, mean_and_deviation
+from common.harness.recorder import RAT_WINDOW, mean_and_deviation
 from common.harness.tasks import TASKS
 
 PAPER = read_csv(Path(__file__).with_name("paper.csv"))

@@ -5,11 +5,15 @@
     python benchmarks/reproduce.py all --data ~/.d4rl/datasets --on ray --address auto --gpus 0.25
 
 The same command goes on where it was stopped, however that was. A run's folder is named by a hash of all that decides
-its numbers: algorithm, arguments, data, versions, code. So it is never repeated, nor mixed with another's. What needs
-other settings of acting (Fig. 4 to 7, Table 6) evaluates the last policies of the same runs again. Reports go to
-<folder>/<name>.md, .csv and .png; report.py writes them anew. Several nodes: docs/reproduce.md.
+its numbers: algorithm, arguments, data, versions, JAX's settings, code. So it is never repeated, nor mixed with
+another's. What needs other settings of acting (Fig. 4 to 7, Table 6) evaluates the last policies of the same runs
+again. Reports go to <folder>/<name>.md, .csv and .png; report.py writes them anew. Several nodes: docs/reproduce.md.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's common/, whatever is installed
 import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 import ast
 import dataclasses
@@ -22,22 +26,22 @@ import math
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
 import tyro
 from minari.storage.datasets_root_dir import get_dataset_path
 from report import PAPER, paper_numbers, write_reports
 from runner import ROOT, Execution, Job, run_all
 
-from common.harness import setup
 from common.harness.checkpoint import write_atomically
-from common.harness.run import PACKAGES, RAT_WINDOW
+from common.harness.datasets import resolve_task
+from common.harness.devices import jax_settings, pin_jax
+from common.harness.flags import check_flags
+from common.harness.recorder import RAT_WINDOW
+from common.harness.run import PACKAGES
 from common.harness.tasks import ADROIT, ANTMAZE, KITCHEN, LOCOMOTION, TASKS, with_domain_defaults
 
 # ------------------------------------------------------------------------------------------------------- the artefacts
@@ -108,7 +112,7 @@ class Args(Execution):
     pointmaze: all three; or a folder with D4RL's files, names of tasks, ids of Minari datasets"""
     scale: float = 1.0  # shortens every run by this factor; of its evaluations at least ten are left
     num_seeds: int = SEEDS  # seeds of each run, trained together
-    flags: str = ""  # of every run alike: --flags="--preset fast --eval-episodes 5", with the sign of equality
+    flags: str = ""  # of every run alike: --flags "--preset fast --eval-episodes 5"
     folder: Path = Path("runs/reproduce")  # where runs and reports go
 
 
@@ -164,7 +168,7 @@ def local_dataset(task: str) -> str | None:
 # Arguments that decide no number, or only through others and the data, which are in the key themselves.
 NO_KEY = {"env_id", "dataset_id", "dataset_path", "preset", "trust", "exp_name", "run_dir", "track", "capture_video"}
 NO_KEY |= {"resume", "checkpoint_every"}
-NO_CODE = {"checkpoint", "flags", "plots", "process", "records", "run"}  # of the harness, what decides none
+NO_CODE = {"checkpoint", "flags", "plots", "process", "recorder", "records", "run"}  # of the harness, what decides none
 
 
 @functools.cache
@@ -173,7 +177,10 @@ def plan(flags: str, data: Data, args: Args) -> Job:
     algorithm, *own = shlex.split(flags)
     own += ["--num-seeds", str(args.num_seeds), *shlex.split(args.flags), *data.flags]
     parsed = tyro.cli(importlib.import_module(f"algorithms.{algorithm}").Args, prog=f"{algorithm}.py", args=own)
-    resolved, task = setup(parsed, iql=algorithm in ("iql", "edp_iql"))
+    check_flags(parsed)
+    pin_jax()  # not `setup`: Ray starts its processes by a fork, which JAX's threads would not survive
+    task = resolve_task(parsed.env_id, parsed.dataset_id, parsed.dataset_path, parsed.trust)
+    resolved = with_domain_defaults(parsed, task.environment.domain, iql=algorithm in ("iql", "edp_iql"))
     full = resolved.num_updates // resolved.eval_every
     evaluations = max(min(full, RAT_WINDOW), round(full * args.scale))
     every = max(1, round(resolved.num_updates * args.scale / evaluations))
@@ -183,7 +190,7 @@ def plan(flags: str, data: Data, args: Args) -> Job:
     settings = {name: value for name, value in dataclasses.asdict(resolved).items() if name not in NO_KEY}
     source = (task.file,) if task.file else tuple(get_dataset_path(each) / "data" for each in task.dataset_ids)
     versions = {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
-    decides = [algorithm, settings, task.env_id, data_digest(source), versions, code_digest(algorithm)]
+    decides = [algorithm, settings, task.env_id, data_digest(source), versions, jax_settings(), code_digest(algorithm)]
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
     folder = args.folder / slug(data.name) / f"{slug(flags)}-{key}"
     return Job(folder, algorithm, tuple(own), resolved.num_updates)
@@ -294,7 +301,6 @@ def main(args: Args) -> None:
         shlex.split(args.flags)
     except ValueError as error:
         raise SystemExit(f"--flags cannot be split into words: {error}.") from None
-    jax.config.update("jax_platforms", "cpu")  # of this process: a GPU is for the runs
     jobs: dict[Path, Job] = {}
     names = ARTEFACTS if "all" in args.artefacts else dict.fromkeys(args.artefacts)
     artefacts = {name: plan_artefact(name, args, jobs) for name in names}
@@ -317,4 +323,8 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    words = sys.argv[1:]
+    if "--flags" in words[:-1]:  # whose value begins with a dash: --flags "--x" is --flags=--x
+        at = words.index("--flags")
+        words[at : at + 2] = [f"--flags={words[at + 1]}"]
+    main(tyro.cli(Args, args=words))

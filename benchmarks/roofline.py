@@ -13,16 +13,19 @@ adds to benchmarks/results/speed-<name>.json, as speed.py, whose measuring it sh
               or flat, and then from the command to the first update, with programs to compile or compiled
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's common/, whatever is installed
+import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 import math
 import os
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 from unittest.mock import patch
 

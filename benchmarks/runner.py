@@ -138,8 +138,13 @@ def execute(job: Job, env: dict[str, str], cores: str = "", stop: threading.Even
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{job.folder}.lock", "w") as lock, open(f"{job.folder}.log", "a") as log:
         while not stop.wait(0.1):
-            with contextlib.suppress(BlockingIOError):
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                continue
+            except OSError as error:  # of some network file systems
+                print(f"Note: {job.name} cannot be locked ({error.strerror}): see that nothing else does this job.")
                 break
         command = next_command(job)
         while command and not stop.is_set():

@@ -17,6 +17,11 @@ time goes. The paper does not say with which K it made Fig. 2. Diffusion-QL and 
 it was the same for both: taken to be K = 100, as in Table 7. EDP w/o DPM is also measured with the K = 1000 of EDP.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's common/, whatever is installed
+import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 import importlib
 import json
 import math
@@ -27,7 +32,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -37,7 +41,8 @@ import numpy as np
 import tyro
 
 from common.harness import Dataset, Evaluator
-from common.harness.run import PACKAGES, git_commit, seed_keys, set_up_jax
+from common.harness.devices import seed_keys, set_up_jax
+from common.harness.run import PACKAGES, git_commit
 from common.harness.tasks import ENVIRONMENTS, LOCOMOTION, with_domain_defaults
 
 matplotlib.use("Agg")

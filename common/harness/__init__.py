@@ -7,12 +7,11 @@ alone (`python -m common.harness.tasks`) starts without the others.
 import importlib
 
 MODULES = {
-    "checkpoint": ("load_run",),
     "datasets": ("load_dataset", "setup"),
     "environments": ("Evaluator",),
     "flags": ("NonNegative", "Positive", "UnitInterval"),
     "records": ("Behaviour", "Dataset", "Loss"),
-    "run": ("Run",),
+    "run": ("Run", "load_run"),
     "tasks": ("Preset", "RewardRule"),
 }
 

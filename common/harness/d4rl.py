@@ -9,6 +9,8 @@ antmaze      observations are 29 wide, without the goal; another ant (actuation,
 kitchen      observations are 60 wide: the joints of the robot (9) and of the objects (21), and a constant goal (30)
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -16,6 +18,25 @@ import numpy as np
 
 from common.harness.records import Dataset, numbers
 from common.harness.tasks import ADROIT, ANTMAZE, KITCHEN, LOCOMOTION, Task
+
+
+@contextlib.contextmanager
+def open_hdf5(path: Path) -> Iterator[h5py.File]:
+    """To be read by `hdf5_arrays`. Raises ValueError if there are links, which could lead to other files."""
+    with h5py.File(path, "r") as file:
+        if link := file.id.links.visit(lambda name, info: name if info.type != h5py.h5l.TYPE_HARD else None, info=True):
+            raise ValueError(f"its {link.decode()} is a link, not data")
+        yield file
+
+
+def hdf5_arrays(part: h5py.Dataset | h5py.Group):
+    """An array, or a dict of them. Raises ValueError if its numbers lie in other files."""
+    if isinstance(part, h5py.Group):
+        return {name: hdf5_arrays(part[name]) for name in part}
+    storage = part.id.get_create_plist()
+    if storage.get_external_count() or storage.get_layout() == h5py.h5d.VIRTUAL:
+        raise ValueError(f"its {part.name} lies in another file")
+    return part[()]
 
 
 def d4rl_task(task: Task, path: Path) -> Task:
@@ -41,10 +62,10 @@ def read_d4rl(path: Path, max_steps: int) -> tuple[Dataset, np.ndarray]:
     Files without `timeouts` end an episode by time after `max_steps`; the count starts at 1 after a terminal, as
     D4RL's does. `next_observations` are ignored. Raises OSError, KeyError or ValueError if the file is damaged.
     """
-    with h5py.File(path, "r") as file:
+    with open_hdf5(path) as file:
         if "episode_0" in file:
             raise SystemExit(f"The file {path} is part of a Minari dataset, which --dataset-id names.")
-        column = lambda name: numbers(file[name][()], name)
+        column = lambda name: numbers(hdf5_arrays(file[name]), name)
         obs, action = column("observations"), column("actions")
         reward, terminal = column("rewards").ravel(), column("terminals").ravel()
         timeout = column("timeouts").ravel() if "timeouts" in file else _count_timeouts(terminal > 0, max_steps)
@@ -74,8 +95,8 @@ def _count_timeouts(terminal: np.ndarray, max_steps: int) -> np.ndarray:
 
 def _kitchen_goal(path: Path) -> tuple[float, ...]:
     """The goal, which the observations of a file repeat."""
-    with h5py.File(path, "r") as file:
-        goal = np.asarray(file["observations"][:, 30:], np.float64)
-    if goal.shape[1] != 30 or not np.allclose(goal, goal[0]):
+    with open_hdf5(path) as file:
+        goal = np.asarray(hdf5_arrays(file["observations"])[:, 30:], np.float64)
+    if goal.shape[1:] != (30,) or not np.allclose(goal, goal[0]):
         raise ValueError("kitchen observations are 60 wide, the last 30 the same in all")
     return tuple(goal[0].tolist())

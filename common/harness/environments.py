@@ -1,12 +1,7 @@
-"""Evaluation by D4RL's protocol: Gymnasium's environments, wrapped to it, and seeded episodes in copies of them.
-
-Data name the environment that they were made in, by a path to code. Only that of Gymnasium, Gymnasium-Robotics, OGBench
-and of packages that the user trusts is ever imported.
-"""
+"""Evaluation by D4RL's protocol: Gymnasium's environments, wrapped to it, and seeded episodes in copies of them."""
 
 import atexit
 import contextlib
-import dataclasses
 import importlib
 import io
 import itertools
@@ -15,16 +10,17 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import gymnasium
 import numpy as np
-from gymnasium.envs.registration import EnvSpec, load_env_creator
-from jaxtyping import Array, Key
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.wrappers.utils import RunningMeanStd
+from jaxtyping import Array, Float, Key
 
-from common.harness.records import Episodes
-from common.harness.tasks import OTHER, TASKS, Environment, Task
+from common.harness.records import Episodes, printable, reason_of
+from common.harness.tasks import LOCOMOTION, Environment
 
 NO_PICTURES = "install Debian's libegl1 and set MUJOCO_GL=egl, or libosmesa6 and MUJOCO_GL=osmesa"
 try:
@@ -33,28 +29,13 @@ except (ImportError, AttributeError, RuntimeError):
     way = os.environ.get("MUJOCO_GL", "")
     raise SystemExit(f"MuJoCo cannot draw by MUJOCO_GL={way} here: unset it, or {NO_PICTURES}.") from None
 
-TRUSTED = ("gymnasium", "gymnasium_robotics", "ogbench")
 MODEL_BYTES = 2**30  # of all copies of an environment together
-MAX_STEPS = 10_000  # a longer episode is one to record in: its evaluation would not end
-PICTURES = ("render_mode", "width", "height", "camera_id", "camera_name", "default_camera_config", "max_geom")
-ONLOOKERS = ("RecordEpisodeStatistics", "RecordVideo", "HumanRendering", "RenderCollection", "PassiveEnvChecker")
-# Options that the table's protocol sets whatever they were in recording: rewards and ends of the data follow it.
-PROTOCOL = ("continuing_task", "reset_target", "remove_task_when_completed", "terminate_on_tasks_completed")
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of what it says, without the full stop."""
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 
 @contextlib.contextmanager
-def _quietly():
+def quietly():
     """gymnasium-robotics registered, its notices hidden and its temporary files removed."""
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
         warnings.simplefilter("ignore")
         import gymnasium_robotics
 
@@ -69,76 +50,8 @@ def _quietly():
 
 def make_gym_env(gym_id: str | EnvSpec, **kwargs) -> gymnasium.Env:
     """`gymnasium.make`, without a word."""
-    with _quietly():
+    with quietly():
         return gymnasium.make(gym_id, disable_env_checker=True, **kwargs)
-
-
-# ------------------------------------------------------------------------------------------ as the data name them
-
-
-def refuse_untrusted(name: str, spec: dict, trust: str) -> None:
-    """Exits if a recorded EnvSpec names code that is not an environment of `TRUSTED` or in a package of `trust`."""
-    entry_points = [part.get("entry_point") for part in (spec, *spec.get("additional_wrappers", ()))]
-    packages = [str(entry_point).partition(":")[0].partition(".")[0] for entry_point in entry_points]
-    for entry_point, package in zip(entry_points, packages):  # before any is imported
-        if entry_point is not None and package not in (*TRUSTED, *trust.split(",")):
-            raise SystemExit(
-                f"{name} would run {entry_point!r} as its environment, which is neither Gymnasium's nor "
-                f"Gymnasium-Robotics' nor OGBench's: if you trust that package, add --trust {package}."
-            )
-    for entry_point, package in zip(entry_points, packages):
-        if entry_point is not None and package in TRUSTED:
-            with (
-                _quietly(),
-                contextlib.suppress(ImportError, AttributeError),
-            ):  # in another version: making it will tell
-                made = load_env_creator(entry_point)
-                is_env = isinstance(made, type) and issubclass(made, gymnasium.Env)
-                if not is_env and made.__module__ != "ogbench.locomaze.maze":  # whose environments are functions
-                    raise SystemExit(f"{name} would run {entry_point!r}, which is no environment.")
-
-
-def task_of_dataset(dataset_id: str, spec: EnvSpec | None, eval_spec: EnvSpec | None = None) -> Task:
-    """The task of any Minari dataset, from the environments that its metadata name, for recording and evaluation.
-
-    The table's protocol is for its own datasets, and for environments of a name and version in the table whose options
-    change nothing that is observed, done or paid. Others are evaluated as recorded, with raw returns, and this is
-    printed. Exits if the dataset names no environment.
-    """
-    name = dataset_id.replace("/", "-")
-    newest = dataset_id.replace("-v1", "-v2") if dataset_id.startswith("D4RL/antmaze/") else dataset_id
-    known = next((task.environment for task in TASKS.values() if task.dataset_ids == (newest,)), None)
-    if known is not None:
-        return Task(name, known, (dataset_id,))
-    if spec is None:
-        raise SystemExit(
-            f"Dataset {dataset_id} does not say which environment it was made in, so no policy can be evaluated."
-        )
-    known = _protocol_of(_without_pictures(spec))
-    if known is None:
-        spec = _without_pictures(eval_spec or spec)
-        steps = spec.max_episode_steps if 0 < (spec.max_episode_steps or 0) <= MAX_STEPS else 1000
-        known = Environment(OTHER, spec, steps)
-        print(f"Note: the policy is evaluated in {spec.id} as the data describe it, {steps} steps, by raw returns.")
-    return Task(name, known, (dataset_id,))
-
-
-def _without_pictures(spec: EnvSpec) -> EnvSpec:
-    kwargs = {key: value for key, value in spec.kwargs.items() if key not in PICTURES}
-    wrappers = tuple(wrapper for wrapper in spec.additional_wrappers if wrapper.name not in ONLOOKERS)
-    return dataclasses.replace(spec, kwargs=kwargs, additional_wrappers=wrappers)
-
-
-def _protocol_of(spec: EnvSpec) -> Environment | None:
-    known = next((task.environment for task in TASKS.values() if task.environment.gym_id == spec.id), None)
-    if known is None or spec.additional_wrappers:
-        return None
-    with _quietly():
-        registered = gymnasium.spec(spec.id)
-    goals = {key: value for key, value in spec.kwargs.items() if key == "tasks_to_complete"}
-    known = known._replace(kwargs={k: v for k, v in known.kwargs.items() if k != "tasks_to_complete"} | goals)
-    options = [{k: v for k, v in kwargs.items() if k not in PROTOCOL} for kwargs in (spec.kwargs, known.kwargs)]
-    return known if options[0] == registered.kwargs | options[1] else None
 
 
 def observation_parts(obs, keys: tuple[str, ...] = ()) -> list:
@@ -149,6 +62,14 @@ def observation_parts(obs, keys: tuple[str, ...] = ()) -> list:
     if not hasattr(obs, "keys"):
         return [obs]
     return [part for key in keys or sorted(obs.keys()) for part in observation_parts(obs[key])]
+
+
+@cache
+def cell_centre(gym_id: str, cell: tuple[int, int]) -> np.ndarray:
+    """(x, y) of the centre of a maze's cell (row, column)."""
+    env = make_gym_env(gym_id)
+    env.close()
+    return env.unwrapped.maze.cell_rowcol_to_xy(np.array(cell))
 
 
 # -------------------------------------------------------------------------------------------------- by the protocol
@@ -162,6 +83,7 @@ class Protocol(gymnasium.Wrapper):
         self.environment = environment
 
     def reset(self, *, seed=None, options=None):
+        np.random.seed(seed)  # OGBench's mazes draw their starts from NumPy's own generator
         if self.environment.cells is None:
             return self.env.reset(seed=seed, options=options)
         start, goal = map(np.array, self.environment.cells)
@@ -196,8 +118,7 @@ def make_env(environment: Environment, **options) -> gymnasium.Env:
         columns, constants = list(environment.obs_columns), np.array(environment.obs_constants)
         space = gymnasium.spaces.Box(-np.inf, np.inf, (len(columns) + len(constants),))
         env = gymnasium.wrappers.TransformObservation(env, lambda obs: np.append(obs[columns], constants), space)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the kitchen's bounds overflow when cast
+    with warnings.catch_warnings(action="ignore"):  # the kitchen's bounds overflow when cast
         return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
@@ -217,25 +138,73 @@ def close_camera(env: gymnasium.Env) -> None:
 
 def check_camera(environment: Environment) -> None:
     """Draws one picture, by EGL if no other way is named. Exits with the remedy if there can be no video here."""
-    if type(make_env(environment).unwrapped).render is gymnasium.Env.render:
-        raise SystemExit("The environment of this task cannot be drawn: leave --capture-video out.")
     try:
+        if type(make_env(environment).unwrapped).render is gymnasium.Env.render:
+            raise SystemExit("The environment of this task cannot be drawn: leave --capture-video out.")
         import moviepy  # noqa: F401
-    except ImportError:
-        raise SystemExit("--capture-video needs MoviePy: `pip install moviepy` first, or leave it out.") from None
-    try:
+
         if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & set(os.environ):
             os.environ["MUJOCO_GL"] = "egl"
             importlib.reload(mujoco.gl_context)  # which has read it before
-        with _quietly():
+        with quietly():
             env = make_env(environment, render_mode="rgb_array")
             env.reset(seed=0)
             env.render()
             close_camera(env)
     except Exception as error:
+        remedy = f"`pip install moviepy`, {NO_PICTURES}, or leave it out"
+        raise SystemExit(f"--capture-video cannot draw here ({reason_of(error)}): {remedy}.") from None
+
+
+def _first_steps(env: gymnasium.Env) -> Float[np.ndarray, "steps columns"]:
+    """The observations and rewards that an episode begins with: always of one seed and the same actions."""
+    rng, seen, is_over = np.random.default_rng(0), [[*env.reset(seed=0)[0], 0.0]], False
+    while len(seen) < 6 and not is_over:
+        obs, reward, *ends, _ = env.step(rng.uniform(-1, 1, env.action_space.shape).astype(np.float32))
+        is_over = any(ends)
+        seen.append([*obs, reward])
+        if obs.shape != env.observation_space.shape or not np.isfinite(seen[-1]).all():
+            raise ValueError(f"its first step returns {obs.tolist()}, reward {reward}")
+    return np.array(seen)
+
+
+def check_environment(name: str, environment: Environment, starts, low, high, act_shape: tuple[int, ...]) -> None:
+    """Exits unless it can be played here, with observations like `starts` (episodes, obs_dim), and actions in bounds.
+
+    And unless an episode in it depends on its seed alone, so that a run does not depend on where it was stopped.
+    """
+    try:
+        env = make_env(environment)
+        first, again = _first_steps(env), _first_steps(env)
+        ignores_seed = not _same(first, again) and not _same(first, _first_steps(make_env(environment)))
+    except Exception as error:  # whatever an environment that is not ours raises
+        raise SystemExit(f"{name} needs an environment that cannot be played here ({reason_of(error)}).") from None
+    env.close()
+    space, gym_id = env.env.action_space, printable(env.unwrapped.spec.id)  # before it was scaled to [-1, 1]
+    shapes, own = (starts.shape[1:], act_shape), (env.observation_space.shape, space.shape)
+    if shapes != own or not (np.allclose(space.low, low) and np.allclose(space.high, high)):
         raise SystemExit(
-            f"--capture-video cannot draw here ({' '.join(str(error).split())}): {NO_PICTURES}, or leave it out."
-        ) from None
+            f"{name} does not fit its environment {gym_id}: observations {shapes[0]} and {own[0]}, actions {shapes[1]} "
+            f"in [{low.min():g}, {high.max():g}] and {own[1]} in [{space.low.min():g}, {space.high.max():g}]."
+        )
+    height = np.median(starts[:, 0])  # halfcheetah is as wide as walker2d, but starts at 0 +- 0.1, not at 1.25
+    if environment.domain == LOCOMOTION and abs(height - first[0, 0]) > 0.5:
+        raise SystemExit(f"{name} is not {gym_id}'s: its episodes start {height:.2f} high, not {first[0, 0]:.2f}.")
+    layers = [env]
+    while isinstance(layers[-1], gymnasium.Wrapper):
+        layers.append(layers[-1].env)
+    runs_on = any(isinstance(value, RunningMeanStd) for layer in layers for value in vars(layer).values())
+    if runs_on or not (ignores_seed or _same(first, again)):
+        raise SystemExit(
+            f"{name} needs an environment whose episodes depend on the ones before, as with NormalizeObservation or "
+            "NormalizeReward: record it without that wrapper; --normalize-obs standardises by the data."
+        )
+    if ignores_seed:
+        print(f"Note: {gym_id} ignores its seed; evaluations differ from run to run.")
+
+
+def _same(first: np.ndarray, other: np.ndarray) -> bool:
+    return first.shape == other.shape and np.allclose(first, other)
 
 
 @contextlib.contextmanager
@@ -272,7 +241,7 @@ class Evaluator:
         copies = max(filter(fits, range(1, self.num_episodes + 1)))
         envs = [[make_env(self.environment) for _ in range(copies)] for _ in self.seeds]
         if self.videos is not None:
-            with _quietly():  # a resumed run's folder is there
+            with quietly():  # a resumed run's folder is there
                 camera = make_env(self.environment, render_mode="rgb_array")
                 camera.unwrapped.render_mode = "rgb_array"  # OGBench's arms forget it
                 atexit.register(close_camera, camera)

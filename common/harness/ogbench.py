@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 
 from common.harness.environments import make_gym_env
-from common.harness.records import Dataset, numbers
+from common.harness.records import Dataset, numbers, reason_of
 from common.harness.tasks import OGBENCH, Environment, Task
 
 
@@ -45,7 +45,7 @@ def task_of(env_id: str, path: Path | None = None) -> Task:
             path = Path(ogbench.utils.DEFAULT_DATASET_DIR).expanduser() / f"{dataset}.npz"
             ogbench.download_datasets([dataset], path.parent)
     except Exception as error:
-        raise SystemExit(f"OGBench has no {env_id}, or no data for it can be had here: {error}.") from None
+        raise SystemExit(f"OGBench has no {env_id}, or no data for it can be had here: {reason_of(error)}.") from None
     env.close()
     environment = Environment(OGBENCH, gym_id, env.spec.max_episode_steps, (0.0, 1.0), success=True)
     return Task(env_id, environment._replace(return_is_max=True), (), path)
@@ -57,6 +57,9 @@ def read(path: Path, env_id: str) -> tuple[Dataset, np.ndarray]:
     from ogbench.relabel_utils import relabel_dataset
 
     gym_id, _ = _split(env_id)
+    with np.load(path) as file:  # OGBench's reader takes it for granted
+        if not file["terminals"][-1]:
+            raise ValueError("its last row has to end an episode, but its `terminals` is 0")
     data = ogbench.load_dataset(path, add_info=True)
     env = make_gym_env(gym_id)
     relabel_dataset(gym_id, env, data)

@@ -1,7 +1,6 @@
 """The pictures of a run. Drawn without pyplot, whose backend and open figures belong to the user."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,8 @@ def learning_curve(
     behaviour: float,
     title: str,
     name: str,
-    file: Path,
-) -> None:
-    """Saves scores, (evaluations, seeds), against updates; `name` is what they are called."""
+) -> Figure:
+    """Scores, (evaluations, seeds), against updates; `name` is what they are called."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     ax = figure.subplots()
     for seed, curve in zip(seeds, scores.T):
@@ -28,7 +26,7 @@ def learning_curve(
     ax.axhline(behaviour, color="gray", linestyle="--", label="behaviour")
     ax.set(xlabel="updates", ylabel=name, title=title)
     ax.legend(fontsize="small")
-    figure.savefig(file, dpi=150)
+    return figure
 
 
 def maze_paths(
@@ -37,9 +35,8 @@ def maze_paths(
     radius: float,
     behaviour: Sequence[np.ndarray],
     policy: Sequence[np.ndarray],
-    file: Path,
-) -> None:
-    """Saves a maze (gymnasium-robotics' `Maze`) with paths, each (steps, 2), of the behaviour and of the policy.
+) -> Figure:
+    """A maze (gymnasium-robotics' `Maze`) with paths, each (steps, 2), of the behaviour and of the policy.
 
     `cells` are start and goal, (row, column); `radius` is that of the goal.
     """
@@ -61,4 +58,4 @@ def maze_paths(
         ax.set(title=f"{title}, {len(paths)} paths", aspect="equal", xticks=[], yticks=[])
         ax.set(xlim=(-half * columns, half * columns), ylim=(-half * rows, half * rows))
     axes[1].legend(loc="upper right")
-    figure.savefig(file, dpi=150)
+    return figure

@@ -1,9 +1,8 @@
 """How a script's process ends: imported by it first, so that this holds while the rest is imported, too.
 
-SIGINT, SIGTERM and SIGHUP end it without a traceback and with 128 + their number, as a shell expects. While a run
-trains (`waiting`), the first one waits until the run has saved; a second never waits. What the operating system
-refuses is told in a line. A closed pipe, as that of `--help | head -1`, is no error, nor is a closed stream, nor a
-character that the terminal does not have.
+SIGINT, SIGTERM, SIGHUP and SIGUSR1 (which SLURM may send before the end) end it with 128 + their number, as a shell
+expects. While a run trains, the first one waits until the run has saved; a second never waits. What the operating
+system refuses is told in a line. A closed pipe, as that of `--help | head -1`, is no error, nor is a closed stream.
 """
 
 import atexit
@@ -17,18 +16,14 @@ waiting = False  # set by a run while it trains
 received: list[int] = []  # the signals that wait
 
 
-def _importing(frame) -> bool:
-    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
-        frame = frame.f_back
-    return frame is not None
-
-
 def _handle(number: int, frame) -> None:
     received.append(number)
-    if not waiting:
-        if _importing(frame):  # an exception while a C++ extension is loaded may end in abort()
+    while not waiting and frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
             _leave()
-            os._exit(128 + number)
+            os._exit(128 + number)  # an exception while a C++ extension is loaded may end in abort()
+        frame = frame.f_back
+    if not waiting:
         sys.exit(128 + number)
 
 
@@ -51,28 +46,30 @@ def _leave(kind=None, error=None, traceback=None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _leave_all_the_same(unraisable) -> None:
-    """A signal may come where Python cannot raise, as in a callback of its garbage collector."""
-    if isinstance(unraisable.exc_value, SystemExit):
-        os._exit(unraisable.exc_value.code)
-    sys.__unraisablehook__(unraisable)
+def _of_libraries(ignored) -> None:
+    """In their threads and exit hooks: the run itself has said what it could not write. A signal ends it there, too."""
+    if isinstance(ignored.exc_value, SystemExit):
+        os._exit(ignored.exc_value.code)
+    if not isinstance(ignored.exc_value, OSError):
+        sys.__excepthook__(ignored.exc_type, ignored.exc_value, ignored.exc_traceback)
 
 
 def install() -> None:
     """Signals that the caller ignores, as `nohup` does, stay ignored."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: this takes its number, before the pipe or a file of the run would
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+            os.set_inheritable(getattr(sys, name).fileno(), True)
+        getattr(sys, name).reconfigure(errors="replace")  # a character that the terminal does not have
     pipe, end = os.pipe()
     os.set_blocking(end, False)
     signal.set_wakeup_fd(end, warn_on_full_buffer=False)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _handle)
     threading.Thread(target=_watch, args=(pipe,), daemon=True).start()
-    sys.excepthook, sys.unraisablehook = _leave, _leave_all_the_same
+    sys.excepthook, sys.unraisablehook, threading.excepthook = _leave, _of_libraries, _of_libraries
     atexit.register(_leave)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed: this takes its number, before a file of the run would
-            setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="replace")
     os.environ.pop("MPLBACKEND", None)  # a notebook's: matplotlib would look for it, and fail
 
 

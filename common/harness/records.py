@@ -1,5 +1,6 @@
 """The records that pass between reading, learning, evaluating and logging."""
 
+import traceback
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,21 @@ def numbers(array, name: str) -> Float[np.ndarray, "..."]:
         raise ValueError(f"its {name} are not numbers")
     with np.errstate(over="ignore"):  # infinity is found with the others that are not finite
         return np.asarray(array, np.float32)
+
+
+def printable(text) -> str:
+    """The text of others in one line: without control characters and escapes, and not without end."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())[:300]
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what it says, without the full stop."""
+    said = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    if not said:  # of an assertion
+        return printable(f"{type(error).__name__}: {traceback.extract_tb(error.__traceback__)[-1].line}")
+    if isinstance(error, KeyError) and " " not in said:
+        return printable(f"there is no {said!r} in it")
+    return printable(said.splitlines()[0]).rstrip(".")
 
 
 class Behaviour(NamedTuple):
