@@ -1,5 +1,6 @@
 """Settings that all tests share, and fixtures that keep them away from the user's datasets, caches and network."""
 
+import functools
 import json
 import os
 import shutil
@@ -9,38 +10,73 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+# What decides numbers is the same for everybody, whatever the environment says. JAX reads it when it is imported.
+for name in [name for name in os.environ if name.startswith("JAX_") and name != "JAX_PLATFORMS"]:
+    del os.environ[name]
+os.environ["XLA_FLAGS"] = os.environ.get("EDP_TEST_XLA_FLAGS", "")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # a GPU would multiply in TF32
+
 import huggingface_hub
 import jax
+import numpy as np
 import pytest
+from helpers import quickly
 
 from common.harness import pointmaze
 
 ROOT = Path(__file__).parents[1]
 
-# On the CPU unless JAX_PLATFORMS says otherwise: a GPU multiplies in TF32, which tolerances of 1e-6 do not allow.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 # An accidental (batch,) + (batch, 1) is an error here, not a (batch, batch) matrix.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# EDP_TEST_TIGHTER=3 divides all tolerances, to see how far the numbers are from them (test_everywhere.py).
+if TIGHTER := float(os.environ.get("EDP_TEST_TIGHTER", 0)):
+    assert_allclose = np.testing.assert_allclose
+
+    @functools.wraps(assert_allclose)
+    def tighter(actual, desired, rtol=1e-7, atol=0, **options):
+        assert_allclose(actual, desired, rtol / TIGHTER, atol / TIGHTER, **options)
+
+    np.testing.assert_allclose = tighter
+
+
 def pytest_configure(config):
+    # Without its newer code generator XLA compiles what `quick_compilation` is for in a quarter of the time.
+    if jax.__version_info__ < (0, 11) and "EDP_TEST_XLA_FLAGS" not in os.environ:
+        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
     # A local dataset for a test needs no author, licence or permalink; Minari warns of each that is missing.
     config.addinivalue_line("filterwarnings", "ignore:`.*` is set to None:UserWarning")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def sandbox(tmp_path_factory):
-    """A home for the session: no test reads or writes the user's datasets or caches, or waits for a network."""
+    """A home for the session: no test reads or writes the user's datasets or caches, or waits for a network.
+
+    What one process of the session has compiled, be it a worker or a script that a test starts, the others load.
+    """
     folder = tmp_path_factory.mktemp("sandbox")
+    base = tmp_path_factory.getbasetemp()  # a worker's lies in that of all workers
+    compiled = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("compilation_cache_dir", compiled), ("persistent_cache_min_compile_time_secs", 0.1)):
+            jax.config.update(f"jax_{name}", value)
+            patch.setenv(f"JAX_{name.upper()}", str(value))
         patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+        patch.setenv("HF_HUB_OFFLINE", "1")  # without it the client asks for half a minute
         patch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # read when it was imported
-        patch.setattr("common.harness.datasets.CACHE", folder / "cache" / "edp")
-        patch.setattr("common.harness.run.CACHE", folder / "cache" / "edp")
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         yield folder
+
+
+@pytest.fixture
+def float64():
+    """All that a test computes with JAX, as it does by default elsewhere, is computed in float64."""
+    with jax.enable_x64(True):
+        yield
 
 
 @pytest.fixture
@@ -52,18 +88,17 @@ def quick_compilation():
 
 
 @pytest.fixture
-def quick_networks(quick_compilation, monkeypatch):
-    """For whole runs, whose properties do not depend on depth: one hidden layer, in less than half the time again."""
-    monkeypatch.setattr("common.networks.NUM_HIDDEN", 1)
+def quick_networks():
+    with quickly():
+        yield
 
 
 @pytest.fixture
 def datasets(tmp_path, monkeypatch):
-    """An empty folder of Minari datasets, and an empty cache, for one test."""
+    """An empty folder of Minari datasets for one test."""
     root = tmp_path / "minari"
     root.mkdir()
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
-    monkeypatch.setattr("common.harness.datasets.CACHE", tmp_path / "cache")
     return root
 
 
@@ -156,6 +191,7 @@ def hub(tmp_path, monkeypatch):
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -180,7 +216,7 @@ def small_disk(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("only root can mount a small file system")
     yield disk
-    subprocess.run(["umount", disk], check=True)
+    subprocess.run(["umount", "--lazy", disk], check=True)  # a run that was refused keeps its lock
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What several tests share: small arguments, scripts run as people run them, files of a run, small real datasets."""
 
 import ast
+import contextlib
 import csv
 import dataclasses
 import json
@@ -21,6 +22,7 @@ from minari.data_collector import EpisodeBuffer
 from minari.storage.datasets_root_dir import get_dataset_path
 
 from common.harness import Dataset, Evaluator
+from common.harness.checkpoint import newest_header
 from common.harness.records import Episodes
 
 SCRIPTS = Path(__file__).parents[1] / "algorithms"
@@ -73,6 +75,19 @@ def run_script(algorithm: str, *flags, cwd, **env) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
+@contextlib.contextmanager
+def quickly():
+    """For whole runs that train for moments, and whose properties do not depend on depth.
+
+    One hidden layer, and none of LLVM's costly passes: the programs compile in a quarter of the time.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.networks.NUM_HIDDEN", 1)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 def evaluated(evaluate: Evaluator, act, update: int) -> Episodes:
     """The evaluation of a policy `act(obs, step)` that draws nothing."""
     keys = jax.random.split(jax.random.key(0), (len(evaluate.seeds), evaluate.num_episodes))
@@ -99,6 +114,16 @@ def damaged(data: bytes, i: int) -> bytes:
 def rows_of(file: Path) -> list[dict[str, str]]:
     with open(file, newline="") as lines:
         return list(csv.DictReader(lines))
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Returns, metrics (but for the rate) and the newest training state are equal to the bit."""
+    assert (one / "eval.csv").read_bytes() == (other / "eval.csv").read_bytes()
+    metrics = [[row | {"updates_per_second": ""} for row in rows_of(folder / "metrics.csv")] for folder in (one, other)]
+    assert metrics[0] == metrics[1]
+    (header, stream), (other_header, other_stream) = map(newest_header, (one, other))
+    assert header["update"] == other_header["update"]
+    assert stream.read() == other_stream.read()
 
 
 def returns_of(folder: Path) -> np.ndarray:

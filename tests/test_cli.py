@@ -11,6 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_type_hints
 
@@ -22,8 +25,10 @@ import pytest
 import tyro
 from helpers import ALGORITHMS, SCRIPTS, TINY, fields_of, flags_of, record_hopper, returns_of, rows_of, run_script, tiny
 
-from algorithms import edp_td3bc, td3bc
-from common.harness import Behaviour, Evaluator, Run, load_run
+from algorithms import bc, edp_td3bc, td3bc
+from common.harness import Behaviour, Run, load_run
+from common.harness.checkpoint import CheckpointError
+from common.harness.devices import seed_keys, set_up_jax
 from common.harness.environments import check_camera
 from common.harness.flags import check_flags
 from common.harness.records import Episodes
@@ -37,7 +42,7 @@ def module_of(algorithm: str):
 # --------------------------------------------------------------------------------------------------- a whole run
 
 
-IN_PROCESSES = [a if a == "edp_iql" else pytest.param(a, marks=pytest.mark.slow) for a in ALGORITHMS]
+IN_PROCESSES = [a if a == "iql" else pytest.param(a, marks=pytest.mark.slow) for a in ALGORITHMS]
 
 
 @pytest.fixture(scope="module", params=IN_PROCESSES)
@@ -53,17 +58,8 @@ def finished(request, tmp_path_factory, made_pointmaze):
     assert [path.name for path in work.iterdir() if not path.name.startswith(".")] == ["runs"]
     (folder,) = (work / "runs").iterdir()
     assert re.fullmatch(rf"pointmaze-umaze__{request.param}__0__\d{{8}}-\d{{6}}", folder.name)
-    files = {
-        "args.json",
-        "metrics.csv",
-        "eval.csv",
-        "tensorboard",
-        "checkpoint-10.eqx",
-        "checkpoint-20.eqx",
-        "learning_curve.png",
-        "paths.png",
-    }
-    assert {path.name for path in folder.iterdir()} == files
+    files = {"args.json", "metrics.csv", "eval.csv", "tensorboard", "checkpoint-10.eqx", "checkpoint-20.eqx"}
+    assert {path.name for path in folder.iterdir()} == files | {"learning_curve.png", "paths.png"}
     return request.param, folder, process
 
 
@@ -144,15 +140,14 @@ def test_the_final_table_is_that_of_eval_csv_and_stderr_has_the_progress_bar_alo
 
 @pytest.fixture
 def hopper_args(datasets, tmp_path, monkeypatch, quick_networks):
-    """A run of 12 evaluations, more than RAT's ten, on short episodes."""
+    """Of a run of 12 evaluations, more than RAT's ten, on short episodes."""
     monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings into the working directory
     record_hopper()
-    args = tiny("td3bc") | {"num_updates": 12, "eval_every": 1, "dataset_id": "test/hopper/random-v0"}
-    return td3bc.Args(**args, run_dir=str(tmp_path / "run"))
+    return {"num_updates": 12, "eval_every": 1, "dataset_id": "test/hopper/random-v0", "run_dir": str(tmp_path / "run")}
 
 
 def test_oms_and_rat_are_the_best_and_the_last_ten_evaluations_of_each_seed(hopper_args, tmp_path):
-    results = td3bc.train(hopper_args)
+    results = bc.train(bc.Args(**tiny("bc") | hopper_args))
     returns = returns_of(tmp_path / "run")
     assert returns.shape == (12, 2, 2)
     scores = 100 * (returns.mean(axis=2) + 20.272305) / (3234.3 + 20.272305)
@@ -163,26 +158,8 @@ def test_oms_and_rat_are_the_best_and_the_last_ten_evaluations_of_each_seed(hopp
     assert not (tmp_path / "run" / "paths.png").exists(), "no maze, no paths"
 
 
-def test_an_interrupted_run_keeps_what_it_has_and_says_how_to_go_on(hopper_args, tmp_path, monkeypatch, capsys):
-    def interrupted(self, policy, keys, update):
-        if update == 3:
-            raise KeyboardInterrupt
-        return evaluate(self, policy, keys, update)
-
-    evaluate = Evaluator.__call__
-    monkeypatch.setattr(Evaluator, "__call__", interrupted)
-    folder = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
-        td3bc.train(hopper_args)
-    command = rf"Stopped after update 3. To go on: python .*td3bc.py --resume {folder}"
-    assert re.search(command, capsys.readouterr().err)
-    assert returns_of(folder).shape == (2, 2, 2)
-    assert (folder / "learning_curve.png").stat().st_size > 0
-    assert load_run(folder, td3bc)[2]["update"] == 3
-
-
 def test_a_diverging_run_exits_naming_the_update_and_keeps_what_it_has(hopper_args, tmp_path, exit_sentence):
-    sentence = exit_sentence(td3bc.train, dataclasses.replace(hopper_args, learning_rate=1e10))
+    sentence = exit_sentence(td3bc.train, td3bc.Args(**tiny("td3bc") | hopper_args, learning_rate=1e10))
     assert "diverged" in sentence
     assert "--learning-rate" in sentence
     (update,) = map(int, re.findall(r"at update (\d+)", sentence))
@@ -196,19 +173,19 @@ def test_a_diverging_run_exits_naming_the_update_and_keeps_what_it_has(hopper_ar
 # --------------------------------------------------------------------------------------------- the record of a run
 
 
-def begin(folder: Path, **changes) -> Run:
+def begin(folder: Path | None, **changes) -> Run:
     """The record of a tiny run on hopper-medium that has not done anything yet."""
     behaviour = Behaviour({"behaviour_score": 0.0}, np.array([1]), np.zeros(1), np.zeros(11), np.ones(11), [])
-    args = edp_td3bc.Args(**TINY | changes, run_dir=str(folder))
+    args = edp_td3bc.Args(**TINY | changes, run_dir=folder and str(folder))
     return Run("algorithms/edp_td3bc.py", args, TASKS["hopper-medium"], behaviour)
 
 
 def test_divergence_is_traced_to_its_update_and_seed(tmp_path, exit_sentence):
     losses = np.ones((10, 2), np.float32)  # (updates, seeds)
     with begin(tmp_path / "run", seed=5) as run:
-        run.log_metrics(10, {"policy_loss": jnp.array(losses)})
+        run.recorder.metrics(10, {"policy_loss": losses})
         losses[3, 1] = np.nan
-        sentence = exit_sentence(run.log_metrics, 20, {"policy_loss": jnp.array(losses)})
+        sentence = exit_sentence(run.recorder.metrics, 20, {"policy_loss": losses})
     assert "policy_loss is nan at update 14 of seed 6" in sentence
     assert [row["update"] + row["seed"] for row in rows_of(tmp_path / "run" / "metrics.csv")] == ["105", "106"]
 
@@ -216,10 +193,32 @@ def test_divergence_is_traced_to_its_update_and_seed(tmp_path, exit_sentence):
 def test_scores_are_normalized_returns_and_raw_returns_are_kept_in_full(tmp_path):
     returns = np.array([[1000.123456789, 2000.0], [0.1, 1 / 3]])
     with begin(tmp_path / "run") as run:
-        run.log_evaluation(10, Episodes(returns, np.full((2, 2), 7), []))
+        run.recorder.evaluation(10, Episodes(returns, np.full((2, 2), 7), []))
         results = run.finish()
     np.testing.assert_array_equal(returns_of(tmp_path / "run")[0], returns)
     np.testing.assert_allclose(results["last"][0], 100 * (1500.0617283945 + 20.272305) / 3254.572305)
+
+
+def test_of_several_runs_that_want_one_folder_one_gets_it(tmp_path):
+    """Of four threads, each of which opens and locks the folder as a process does."""
+
+    def outcome(folder):
+        try:
+            return os.close(begin(folder).lock)
+        except SystemExit as error:
+            return error.code
+
+    with ThreadPoolExecutor(4) as pool:
+        for i in range(10):
+            outcomes = [*pool.map(outcome, [tmp_path / str(i)] * 4)]
+            assert outcomes.count(None) == 1, outcomes
+            assert all(re.search("not empty|Another process is at work", text) for text in outcomes if text)
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda *_: "now")
+    assert [begin(None).folder.name.rpartition("__")[2] for _ in range(3)] == ["now", "now-1", "now-2"]
 
 
 @pytest.mark.parametrize(("eval_every", "chunk"), [(10, 10), (100, 100), (2000, 1000), (1500, 750), (1009, 1009)])
@@ -230,9 +229,44 @@ def test_chunks_divide_the_evaluation_interval_and_give_signs_of_life(tmp_path, 
 def test_every_seed_update_and_episode_acts_by_a_key_of_its_own(tmp_path):
     """A key depends on nothing else: not on the other seeds, not on how many episodes there are."""
     runs = begin(tmp_path / "a", eval_episodes=3), begin(tmp_path / "b", seed=1, num_seeds=1, eval_episodes=2)
-    data = [[jax.random.key_data(run.episode_keys(run.keys(1)[0], update)) for update in (1, 2)] for run in runs]
+    data = [[jax.random.key_data(run.episode_keys(update)) for update in (1, 2)] for run in runs]
     assert len(np.unique(np.reshape(data[0], (12, -1)), axis=0)) == 12
     np.testing.assert_array_equal(np.array(data[0])[:, 1, :2], np.array(data[1])[:, 0])
+
+
+OTHER_JAX = {
+    "jax_enable_x64": True,
+    "jax_default_prng_impl": "rbg",
+    "jax_threefry_partitionable": False,
+    "jax_random_seed_offset": 7,
+    "jax_high_dynamic_range_gumbel": True,
+    "jax_numpy_dtype_promotion": "strict",
+}
+
+
+@pytest.mark.parametrize("begin_with", [set_up_jax, lambda: load_run("nowhere", td3bc)], ids=["a run", "its policy"])
+def test_jax_draws_and_rounds_alike_however_it_was_set_up(begin_with):
+    def drawn():
+        ((key,),) = seed_keys([3], 1)
+        draws = jax.random.normal(key, (9,)), jax.random.categorical(key, jnp.zeros(9), shape=(9,))
+        return np.stack([*draws, np.arange(9) * jnp.ones(9), jax.random.uniform(key, (9,))])
+
+    expected = drawn()
+    try:
+        for name, value in OTHER_JAX.items():
+            jax.config.update(name, value)
+        with contextlib.suppress(CheckpointError):
+            begin_with()
+        np.testing.assert_array_equal(drawn(), expected, strict=True)
+    finally:
+        set_up_jax()
+
+
+def test_what_else_of_jax_decides_digits_is_recorded_and_a_run_that_goes_on_without_it_says_so(tmp_path, capsys):
+    with jax.default_matmul_precision("bfloat16"), begin(tmp_path / "run") as run:
+        assert run.header["jax_settings"]["jax_default_matmul_precision"] == "bfloat16"
+    begin(tmp_path / "run", resume=str(tmp_path / "run"))
+    assert "Note: jax_settings differ" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore")  # its own
@@ -244,9 +278,9 @@ def test_each_seed_is_tracked_by_a_run_of_its_own_which_resume_goes_on_with(tmp_
     ids = []
     for change in {}, {"resume": str(tmp_path / "run")}:
         with begin(tmp_path / "run", seed=5, track=True, **change) as run:
-            run.log_metrics(10, {"policy_loss": jnp.array([[1.0, 2.0]])})
-            ids.append([tracker.id for tracker in run.trackers])
-            for tracker, seed, loss in zip(run.trackers, (5, 6), (1, 2), strict=True):
+            run.recorder.metrics(10, {"policy_loss": np.array([[1.0, 2.0]])})
+            ids.append([tracker.id for tracker in run.recorder.trackers])
+            for tracker, seed, loss in zip(run.recorder.trackers, (5, 6), (1, 2), strict=True):
                 assert (tracker.project, tracker.entity, tracker.group) == ("mine", "us", "run")
                 assert tracker.config.as_dict() == {
                     "algorithm": "edp_td3bc",
@@ -332,13 +366,30 @@ def test_a_run_directory_in_use_is_refused_and_left_alone(tmp_path, pointmaze_da
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("place", ["file", "file/below", "locked", "locked/below"])
-def test_a_run_directory_that_cannot_be_written_to_is_refused(tmp_path, place, exit_sentence):
+@pytest.fixture
+def locked():
+    """A folder that may not be written to; a test that is root's goes on as nobody, who may not write everywhere."""
+    with tempfile.TemporaryDirectory() as parent:
+        os.chmod(parent, 0o755)
+        folder = Path(parent, "locked")
+        folder.mkdir(mode=0o500)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        yield folder
+        if is_root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("below", [".", "below"])
+def test_a_run_directory_that_cannot_be_written_to_is_refused(tmp_path, locked, below, exit_sentence):
+    assert "Permission denied" in exit_sentence(begin, locked / below)
+
+
+@pytest.mark.parametrize("below", [".", "below"])
+def test_a_run_directory_that_is_a_file_is_refused(tmp_path, below, exit_sentence):
     (tmp_path / "file").write_text("")
-    (tmp_path / "locked").mkdir(mode=0o500)
-    if place.startswith("locked") and os.access(tmp_path / "locked", os.W_OK):
-        pytest.skip("this user may write everywhere")
-    assert str(tmp_path / place) in exit_sentence(begin, tmp_path / place)
+    assert str(tmp_path / "file" / below) in exit_sentence(begin, tmp_path / "file" / below)
 
 
 def test_tracking_without_wandb_exits_with_the_remedy(tmp_path, monkeypatch, exit_sentence):

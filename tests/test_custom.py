@@ -15,7 +15,9 @@ from minari.serialization import serialize_space
 from algorithms.bc import Args, train
 from common.harness import Evaluator, load_dataset
 from common.harness.datasets import resolve_task
-from common.harness.environments import make_env, make_gym_env, task_of_dataset
+from common.harness.environments import make_env, make_gym_env
+from common.harness.recorded import task_of_dataset
+from common.harness.tasks import TASKS
 
 UNIT = Box(-1, 1, (2,))
 SCALED = Box(np.array([-2, 0], np.float32), np.array([3, 1], np.float32))
@@ -51,15 +53,16 @@ class Custom(gymnasium.Env):
     """Random observations of a given space; pays the sum of the action, or in the form of `pay`."""
 
     def __init__(self, observations: str = "flat", actions: str | None = None, pay=None):
-        self.pay = {"column": lambda r: np.full(1, r), "pair": lambda r: np.full(2, r), "nan": lambda r: np.nan}.get(
-            pay
-        )
-        self.observation_space = (LEARNABLE | OTHER_OBSERVATIONS)[observations]
+        pays = {"column": lambda r: np.full(1, r), "pair": lambda r: np.full(2, r), "nan": lambda r: np.nan}
+        self.pay = (pays | {"nothing": lambda r: 0.0}).get(pay)
+        self.observation_space = (LEARNABLE | OTHER_OBSERVATIONS).get(observations, UNIT)
+        self.observations = observations
         self.action_space = OTHER_ACTIONS[actions] if actions else SCALED
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.observation_space.seed(seed)
+        own = int(np.random.randint(2**31)) if "own generator" in self.observations else seed
+        self.observation_space.seed(None if self.observations == "unseeded" else own)
         return self.observation_space.sample(), {}
 
     def step(self, action):
@@ -162,7 +165,7 @@ def test_an_environment_that_this_machine_does_not_have_exits_naming_it(entry_po
     spec = json.loads(make().spec.to_json()) | {"id": "Elsewhere-v0", "entry_point": entry_point}
     change_metadata("test/custom/random-v0", env_spec=json.dumps(spec))
     name = {"nowhere.to_be_found:Env": "nowhere", None: "Elsewhere"}.get(entry_point, "Gone")
-    assert re.search(f"Dataset test/custom/random-v0 .*cannot be made here .*{name}", exit_sentence(load))
+    assert re.search(f"Dataset test/custom/random-v0 .*cannot be played here .*{name}", exit_sentence(load))
 
 
 def test_an_environment_with_other_observations_than_the_data_exits(datasets, exit_sentence):
@@ -186,6 +189,8 @@ def test_an_environment_with_other_actions_than_the_data_exits(datasets, exit_se
     [
         ({"entry_point": "os:system", "kwargs": {"command": "touch ran"}}, "--trust os"),
         ({"entry_point": "evil.module:Env"}, "--trust evil"),
+        ({"entry_point": "$(evil)\n\x1b[2J:Env"}, "nor OGBench's."),  # no advice to copy
+        ({"entry_point": ":evil"}, "nor OGBench's."),
         ({"entry_point": "gymnasium_evil:Env"}, "--trust gymnasium_evil"),
         ({"entry_point": "gymnasium.envs.registration:make", "kwargs": {"id": "evil:X-v0"}}, "is no environment"),
         ({"entry_point": "gymnasium.envs.mujoco.hopper_v5:HopperEnv", "additional_wrappers": "evil"}, "--trust evil"),
@@ -210,6 +215,32 @@ def test_code_of_others_is_not_even_imported(
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("spaces", [True, False])
+def test_a_recorder_is_known_by_its_class_and_makes_no_folder(spaces, datasets, tmp_path, capsys):
+    """Whatever its name is: around an environment of its own making it would film, and write."""
+    dataset = record_hopper(num_episodes=2)
+    recorder = {"name": "Harmless", "entry_point": "gymnasium.wrappers:RecordVideo"}
+    recorder["kwargs"] = {"video_folder": str(tmp_path / "videos")}
+    spec = json.loads(gymnasium.make("Hopper-v5").spec.to_json()) | {"additional_wrappers": [recorder]}
+    spec["kwargs"]["render_mode"] = "rgb_array"
+    gone = {} if spaces else {"observation_space": None, "action_space": None}
+    change_metadata(dataset.id, env_spec=json.dumps(spec), **gone)
+    if spaces:
+        assert resolve_task("", dataset.id).environment == TASKS["hopper-medium"].environment
+    else:
+        with pytest.raises(SystemExit, match="spaces are missing"):
+            resolve_task("", dataset.id)
+    assert not (tmp_path / "videos").exists()
+
+
+def test_the_environment_for_evaluation_is_enough(datasets):
+    """As for Minari's `recover_environment(eval_env=True)`."""
+    dataset = record(make(), "test/custom/random-v0", 2)
+    change_metadata(dataset.id, env_spec=None, eval_env_spec=make(observations="integers").spec.to_json())
+    task = resolve_task("", dataset.id, trust=__name__)
+    assert task.environment.gym_id.kwargs == {"observations": "integers"}
+
+
 # ------------------------------------------------------------------------------------------- played before trained
 
 
@@ -220,10 +251,26 @@ def test_a_reward_may_be_an_array_of_one(datasets):
     np.testing.assert_allclose(returns, LIMIT * (0.5 + 0.5))
 
 
-@pytest.mark.parametrize(("pay", "named"), [("pair", "fails"), ("nan", "reward nan")])
+@pytest.mark.parametrize(("pay", "named"), [("pair", "can only convert"), ("nan", "reward nan")])
 def test_an_environment_that_fails_is_told_before_training(pay, named, datasets, exit_sentence):
     record_anything(pay=pay)
     assert re.search(f"Dataset test/custom/random-v0 needs an environment that .*{named}", exit_sentence(load))
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "pay"), [("NormalizeObservation", None), ("NormalizeReward", None), ("NormalizeReward", "nothing")]
+)
+def test_statistics_that_run_on_from_episode_to_episode_are_refused(wrapper, pay, datasets, exit_sentence):
+    """A run that goes on would begin them anew."""
+    record(getattr(gymnasium.wrappers, wrapper)(make(pay=pay)), "test/custom/random-v0", 1)
+    assert "episodes depend on the ones before" in exit_sentence(load)
+
+
+@pytest.mark.parametrize(("observations", "is_told"), [("unseeded", True), ("from NumPy's own generator", False)])
+def test_of_an_environment_that_ignores_its_seed_a_note_tells(observations, is_told, datasets, capsys):
+    record_anything(observations=observations)
+    load()
+    assert ("Note: Custom-v0 ignores its seed" in capsys.readouterr().out) == is_told
 
 
 def test_an_environment_that_breaks_down_later_ends_the_run_with_a_sentence(datasets, exit_sentence):

@@ -159,7 +159,7 @@ def test_antmaze_keeps_the_terminals_of_its_file(tmp_path):
 # ------------------------------------------------------------------------------------------------------ refusals
 
 
-HOPPER = {"observations": np.zeros((10, 11)), "actions": np.zeros((10, 3))}
+HOPPER = {"observations": np.full((10, 11), 1.25), "actions": np.zeros((10, 3))}
 HOPPER |= {"rewards": np.zeros(10), "terminals": np.zeros(10)}
 
 
@@ -180,8 +180,8 @@ def test_a_file_that_does_not_fit_the_flags_exits(env_id, dataset_id, name, name
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda path: path.write_bytes(b"not HDF5"), "is damaged"),
-        (lambda path: path.write_bytes(path.read_bytes()[:3000]), "is damaged"),
+        (lambda path: path.write_bytes(b"not HDF5"), "cannot be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:3000]), "cannot be read"),
         (lambda path: write(path, **{name: array for name, array in HOPPER.items() if name != "rewards"}), "rewards"),
         (lambda path: write(path, **HOPPER | {"rewards": np.zeros(9)}), "lengths [9, 10]"),
         (lambda path: write(path, **HOPPER | {"actions": np.full((10, 3), np.nan)}), "not a finite number"),
@@ -189,7 +189,7 @@ def test_a_file_that_does_not_fit_the_flags_exits(env_id, dataset_id, name, name
         (lambda path: write(path, **HOPPER | {"observations": np.zeros((10, 1))}), "does not fit its environment"),
         (lambda path: write(path, **HOPPER | {"terminals": np.full(10, 0.5)}), "neither 0 nor 1"),
         (lambda path: write(path, **HOPPER, timeouts=np.full(10, -1)), "neither 0 nor 1"),
-        (lambda path: write(path, **HOPPER, timeouts=np.ones(10)), "no transitions"),
+        (lambda path: write(path, **HOPPER, timeouts=np.ones(10)), "0 transitions"),
         (lambda path: write(path, **HOPPER | {"rewards": np.full(10, b"1.0")}), "not numbers"),
         (lambda path: write(path, **HOPPER | {"rewards": np.full(10, 3e38)}), "beyond"),
         (lambda path: write(path, **HOPPER | {"actions": np.full((10, 3), 50)}), "50 times"),

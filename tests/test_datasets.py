@@ -1,21 +1,22 @@
 """Datasets: small real Minari ones, recorded here, against a plain iteration through Minari's own interface."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
-import time
 
+import gymnasium
 import h5py
 import minari
 import numpy as np
 import pytest
 from gymnasium.spaces import Box
-from helpers import by_hand, change_metadata, fill, record, record_hopper
+from helpers import by_hand, change_metadata, record, record_hopper, write_dataset
 from minari.serialization import serialize_space
 
 from algorithms import bc
-from common.harness import Behaviour, Dataset
-from common.harness import datasets as harness
+from common.harness import Behaviour, Dataset, pointmaze
 from common.harness.datasets import behaviour_returns, load_dataset, read_minari, relabel, resolve_task, shape_reward
 from common.harness.environments import make_env, make_gym_env
 from common.harness.tasks import ENVIRONMENTS, normalized_score
@@ -63,44 +64,10 @@ def test_an_arrow_dataset_without_pyarrow_exits(hopper, monkeypatch, exit_senten
     assert "pyarrow" in exit_sentence(load, hopper)
 
 
-def test_a_second_read_comes_from_the_cache_and_nothing_is_written_beside_the_dataset(datasets, hopper, monkeypatch):
-    files = lambda: {path: path.stat().st_mtime_ns for path in datasets.rglob("*")}
-    before, expected = files(), by_hand(hopper)
-    read_minari(hopper)
-    monkeypatch.setattr(minari.MinariDataset, "iterate_episodes", lambda *_: pytest.fail("read again"))
-    assert_same(read_minari(hopper), expected)
-    assert files() == before
-
-
-def test_the_cache_is_rebuilt_when_the_dataset_changes(datasets, hopper):
-    old, _ = read_minari(hopper)
-    with h5py.File(datasets / hopper / ARRAYS, "r+") as file:
-        file["episode_0/rewards"][0] = 1234.0
-    new, _ = read_minari(hopper)
-    assert new.reward[0] == 1234.0
-    np.testing.assert_array_equal(new.reward[1:], old.reward[1:])
-
-
-def test_another_selection_of_a_dict_observation_is_not_taken_from_the_cache(datasets):
+def test_parts_of_a_dict_observation_are_read_in_the_order_that_is_asked_for(datasets):
     dataset = record(make_gym_env("PointMaze_UMaze-v3", max_episode_steps=5), "test/pointmaze/random-v0", 2)
     for keys in (("observation",), ("desired_goal", "observation")):
         assert_same(read_minari(dataset.id, keys), by_hand(dataset.id, *keys))
-
-
-def test_a_truncated_cache_is_rebuilt(hopper):
-    for size in (20_000, 30, 0):
-        read_minari(hopper)
-        (file,) = (path for path in harness.CACHE.rglob("*") if path.is_file())
-        assert file.stat().st_size > size
-        os.truncate(file, size)
-        assert_same(read_minari(hopper), by_hand(hopper))
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(hopper, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(harness, "CACHE", tmp_path / "file" / "cache")
-    assert_same(read_minari(hopper), by_hand(hopper))
-    assert "could not be cached" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------- from data to task
@@ -260,8 +227,14 @@ def retype(folder, column: str, change):
             episode[column] = values
 
 
+def rewrite(file, encoding: str):
+    file.write_text(file.read_text(), encoding)
+
+
 DAMAGES = {
     "a file cut in half": lambda folder: os.truncate(folder / ARRAYS, (folder / ARRAYS).stat().st_size // 2),
+    "metadata with a byte order mark": lambda folder: rewrite(folder / "data/metadata.json", "utf-8-sig"),
+    "metadata in UTF-16": lambda folder: rewrite(folder / "data/metadata.json", "utf-16"),
     "metadata cut": lambda folder: os.truncate(folder / "data/metadata.json", 20),
     "another number of steps promised": lambda folder: change_metadata("test/hopper/random-v0", total_steps=5),
     "the environment's description cut": lambda folder: change_metadata("test/hopper/random-v0", env_spec="{"),
@@ -280,8 +253,6 @@ DAMAGES = {
     "27 action bounds": lambda folder: change_metadata(
         "test/hopper/random-v0", action_space=serialize_space(Box(-1, 1, (27,)))
     ),
-}
-UNREADABLE = {
     "infinitely many steps": lambda folder: change_metadata("test/hopper/random-v0", total_steps=float("inf")),
     "metadata nested 100,000 times": lambda folder: (folder / "data/metadata.json").write_text("[" * 100_000),
     "of a version to come": lambda folder: change_metadata("test/hopper/random-v0", minari_version="9.9.9"),
@@ -291,23 +262,62 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_dataset_exits_with_a_sentence_that_names_it(datasets, hopper, damage, exit_sentence):
+    """And that does not ask to remove what a person may have made."""
     DAMAGES[damage](datasets / hopper)
     sentence = exit_sentence(load, hopper)
-    assert f"Dataset {hopper} in {datasets / hopper} is damaged" in sentence
-
-
-@pytest.mark.parametrize("fault", UNREADABLE)
-def test_what_may_be_healthy_is_not_to_be_removed(datasets, hopper, fault, exit_sentence):
-    UNREADABLE[fault](datasets / hopper)
-    sentence = exit_sentence(load, hopper)
-    assert f"Dataset {hopper} in {datasets / hopper} cannot be read" in sentence
+    assert re.search(f"ataset {hopper} in {datasets / hopper} cannot be read: .* .*", sentence)
     assert "remove" not in sentence
 
 
-def test_an_arrow_dataset_with_a_damaged_part_exits(datasets, exit_sentence):
+def outside(folder, kind: str):
+    """Episode 1's rewards become those of another file."""
+    with h5py.File(folder / "other.hdf5", "w") as other:
+        other["rewards"] = np.zeros(25)
+    with h5py.File(folder / ARRAYS, "r+") as file:
+        shape = file["episode_1/rewards"].shape
+        del file["episode_1/rewards"]
+        if kind == "external link":
+            file["episode_1/rewards"] = h5py.ExternalLink(folder / "other.hdf5", "rewards")
+        elif kind == "soft link":
+            file["episode_1/rewards"] = h5py.SoftLink("/episode_0/rewards")
+        elif kind == "external storage":
+            parts = [(folder / "other.hdf5", 0, 8 * shape[0])]
+            file["episode_1"].create_dataset("rewards", shape, np.float64, external=parts)
+        else:
+            layout = h5py.VirtualLayout(shape, np.float64)
+            layout[:] = h5py.VirtualSource(folder / "gone.hdf5", "rewards", shape)
+            file["episode_1"].create_virtual_dataset("rewards", layout)
+
+
+@pytest.mark.parametrize("kind", ["external link", "soft link", "external storage", "virtual dataset"])
+def test_a_file_that_reaches_outside_itself_is_refused(kind, datasets, hopper, exit_sentence):
+    outside(datasets / hopper, kind)
+    assert re.search("its /?episode_1/rewards (is a link|lies in another file)", exit_sentence(load, hopper))
+
+
+def test_data_of_another_robot_are_refused(datasets, exit_sentence):
+    """Halfcheetah's and walker2d's have the same widths."""
+    walker = gymnasium.make("Walker2d-v5", max_episode_steps=9)
+    record(walker, "mujoco/halfcheetah/medium-v0", 2)
+    assert "recorded in Walker2d-v5" in exit_sentence(resolve_task, "halfcheetah-medium")
+    change_metadata("mujoco/halfcheetah/medium-v0", env_spec=gymnasium.make("HalfCheetah-v5").spec.to_json())
+    sentence = exit_sentence(load_dataset, resolve_task("halfcheetah-medium"), "none")
+    assert "its episodes start 1.25 high" in sentence
+
+
+def test_arrow_episodes_that_minaris_reader_would_mix_up_are_refused(datasets, exit_sentence):
+    """It takes each batch of each file of a folder for an episode; Arrow cuts an episode of more than 32,767 rows."""
+    pendulum = gymnasium.make("Pendulum-v1", max_episode_steps=40_000)
+    observations, actions = np.zeros((40_001, 3), np.float32), np.zeros((40_000, 1), np.float32)
+    ends = np.zeros(40_000, bool)
+    write_dataset("test/long/x-v0", pendulum, [(observations, actions, np.zeros(40_000), ends, ends)], "arrow")
+    assert "32767 transitions were read, and its metadata promise 40000" in exit_sentence(load, "test/long/x-v0")
     dataset = record_hopper(num_episodes=3, data_format="arrow")
     part = datasets / dataset.id / "data" / "1" / "part-0.arrow"
-    os.truncate(part, part.stat().st_size // 2)
+    shutil.copy(part, part.with_stem("part-0 (conflicted copy)"))
+    assert "episode 1 has to be in one file" in exit_sentence(load, dataset.id)
+    part.unlink()
+    os.truncate(part.with_stem("part-0 (conflicted copy)"), 1000)
     assert f"Dataset {dataset.id}" in exit_sentence(load, dataset.id)
 
 
@@ -318,13 +328,9 @@ def test_an_arrow_dataset_with_a_damaged_part_exits(datasets, exit_sentence):
         ("pen-human", "some/one/else-v3", ["`minari download some/one/else-v3`"]),
     ],
 )
-def test_a_missing_dataset_without_network_exits_soon_with_the_command(
-    env_id, dataset_id, named, datasets, exit_sentence
-):
-    start = time.monotonic()
+def test_a_missing_dataset_without_network_exits_with_the_command(env_id, dataset_id, named, datasets, exit_sentence):
     sentence = exit_sentence(resolve_task, env_id, dataset_id)
-    assert time.monotonic() - start < 5
-    assert "Connection refused" in sentence
+    assert "offline" in sentence or "connection" in sentence
     for part in (*named, str(datasets)):
         assert part in sentence
     assert "remove" not in sentence
@@ -353,8 +359,7 @@ def test_a_locked_file_is_not_called_damaged(datasets, hopper, exit_sentence):
         writer.stdout.readline()
         sentence = exit_sentence(load, hopper)
         writer.kill()
-    assert "is open elsewhere" in sentence
-    assert "remove" not in sentence
+    assert "HDF5_USE_FILE_LOCKING" in sentence
     assert load(hopper)[1].statistics["episodes"] == 12
 
 
@@ -385,63 +390,12 @@ def test_actions_beyond_their_bounds_are_told_and_clipped_and_far_beyond_refused
     )
 
 
-# ------------------------------------------------------------------------------------ what may lie in the folders
-
-
-def damaged_caches(dataset: Dataset, ends: np.ndarray) -> dict[str, dict]:
-    arrays = dataset._asdict() | {"ends": ends}
-    nan = arrays["reward"].copy()
-    nan[3] = np.nan
-    return {
-        "short": arrays | {"reward": arrays["reward"][:-1]},
-        "NaN": arrays | {"reward": nan},
-        "mis-indexed": arrays | {"ends": ends + 1},
-        "not in order": arrays | {"ends": ends[[1, 0, *range(2, len(ends))]]},
-        "another type": arrays | {"obs": arrays["obs"].astype(np.float64)},
-        "objects": arrays | {"terminal": arrays["terminal"].astype(object)},
-        "a column": arrays | {"reward": arrays["reward"][:, None]},
-        "no end": {name: array for name, array in arrays.items() if name != "ends"},
-    }
-
-
-@pytest.mark.parametrize(
-    "damage", ["short", "NaN", "mis-indexed", "not in order", "another type", "objects", "a column", "no end"]
-)
-def test_a_damaged_cache_is_rebuilt_in_silence(damage, hopper, capsys):
-    arrays = damaged_caches(*read_minari(hopper))[damage]
-    (file,) = harness.CACHE.rglob("*.npz")
-    np.savez(file, **arrays)
-    for _ in range(2):
-        assert_same(read_minari(hopper), by_hand(hopper))
-    assert capsys.readouterr().out == ""
-
-
-def test_leftovers_of_killed_runs_are_swept_when_they_are_old(datasets, hopper, monkeypatch):
-    read_minari(hopper)
-    (folder,) = {path.parent for path in harness.CACHE.rglob("*.npz")}
-    names = (datasets / ".making-old", datasets / ".making-new", folder / "old.tmp", folder / "new.tmp")
-    for path in names:
-        path.mkdir() if path.name.startswith(".") else path.write_text("half")
-        if "old" in path.name:
-            os.utime(path, (time.time() - 2 * 24 * 3600,) * 2)
-    monkeypatch.setattr(harness.pointmaze, "make_dataset", lambda dataset_id: record_hopper(dataset_id, 1))
-    resolve_task("pointmaze-umaze")
-    read_minari("edp/pointmaze/umaze-v0")
-    assert [path.exists() for path in names] == [False, True, False, True]
-
-
-def test_a_full_disk_is_told_before_a_dataset_is_made_and_costs_the_cache_alone(
-    hopper, small_disk, monkeypatch, capsys, exit_sentence
-):
-    ballast = fill(small_disk, free=10**4)
-    monkeypatch.setattr(harness, "CACHE", small_disk)
-    assert_same(read_minari(hopper), by_hand(hopper))
-    assert "could not be cached" in capsys.readouterr().out
-    assert [path for path in small_disk.rglob("*") if path.is_file()] == [ballast]
-    fill(small_disk, free=2 * 10**7)
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(small_disk))
-    assert "has 20 MB left, and 22 are needed" in exit_sentence(resolve_task, "pointmaze-umaze")
-    assert [path for path in small_disk.rglob("*") if path.is_file()] == [ballast]
+def test_a_dataset_that_there_is_no_room_for_is_not_begun(datasets, monkeypatch, exit_sentence):
+    monkeypatch.setattr(pointmaze, "MEGABYTES", 1e9)
+    sentence, free = exit_sentence(resolve_task, "pointmaze-umaze"), shutil.disk_usage(datasets).free / 1e6
+    told = re.search(r"has (\d+) MB left, and 1100000000 are needed; set MINARI_DATASETS_PATH", sentence)[1]
+    assert int(told) == pytest.approx(free, rel=0.5)
+    assert list(datasets.iterdir()) == []
 
 
 # -------------------------------------------------------------------------------------------------- real datasets

@@ -59,15 +59,15 @@ class Kind(NamedTuple):
 
 LOCOMOTION, NORMALIZED, MAZE = ("none", "iql_locomotion"), ("normalize", "normalize"), ("cql_antmaze", "iql_antmaze")
 KINDS = {
-    "halfcheetah": Kind(17, 6, 1000, fall, "edp_iql", LOCOMOTION),
-    "hopper": Kind(11, 3, 1000, fall, "dql_baseline", LOCOMOTION),
-    "walker2d": Kind(17, 6, 1000, fall, "edp_iql", LOCOMOTION),
+    "halfcheetah": Kind(17, 6, 1000, fall, "iql", LOCOMOTION),
+    "hopper": Kind(11, 3, 1000, fall, "td3bc", LOCOMOTION),
+    "walker2d": Kind(17, 6, 1000, fall, "iql", LOCOMOTION),
     "antmaze": Kind(31, 8, 1000, goal_here, "edp_td3bc", MAZE, ("achieved_goal", "observation", "desired_goal")),
-    "pen": Kind(45, 24, 100, drop_pen, "edp_crr", NORMALIZED),
-    "door": Kind(39, 28, 200, lambda *_: None, "edp_crr", NORMALIZED),
-    "hammer": Kind(46, 26, 200, lambda *_: None, "edp_crr", NORMALIZED),
-    "relocate": Kind(39, 30, 200, lambda *_: None, "edp_crr", NORMALIZED),
-    "kitchen": Kind(59, 9, 280, complete_tasks, "edp_td3bc", NORMALIZED, ("observation",)),
+    "pen": Kind(45, 24, 100, drop_pen, "crr", NORMALIZED),
+    "door": Kind(39, 28, 200, lambda *_: None, "crr", NORMALIZED),
+    "hammer": Kind(46, 26, 200, lambda *_: None, "crr", NORMALIZED),
+    "relocate": Kind(39, 30, 200, lambda *_: None, "crr", NORMALIZED),
+    "kitchen": Kind(59, 9, 280, complete_tasks, "td3bc", NORMALIZED, ("observation",)),
 }
 
 

@@ -2,8 +2,8 @@
 
 import json
 import os
+import re
 import shutil
-import ssl
 import sys
 
 import huggingface_hub
@@ -40,8 +40,7 @@ def test_a_download_arrives_where_minari_finds_it_and_its_size_is_told_first(hub
     assert (read_minari(ID)[0].obs == raw["obs"].astype("float32")).all()
     size = json.loads((datasets / ID / "data/metadata.json").read_text())["dataset_size"]
     assert size > 0
-    printed = capsys.readouterr().out
-    assert printed.index(f"{size} MB") < printed.index("Downloading", printed.index("MB"))
+    assert f"{size} MB" in capsys.readouterr().out
     requests = len(hub.requests)
     assert load_dataset(resolve_task("", ID), "none")[1].statistics["episodes"] == 12
     assert len(hub.requests) == requests, "a local dataset asks nobody"
@@ -69,28 +68,20 @@ def test_a_cut_connection_is_taken_up_where_it_broke(hub, datasets, monkeypatch)
     assert int(ranges[1].removeprefix("bytes=").split("-")[0]) > 0
 
 
-@pytest.mark.parametrize(
-    ("dataset_id", "named"),
-    [
-        (ID, "404"),
-        ("some/hopper/other-v0", "404"),
-        ("hf://nobody/some/x-v0", "404"),
-    ],
-)
+@pytest.mark.parametrize("dataset_id", [ID, "some/hopper/other-v0", "hf://nobody/some/x-v0"])
 def test_what_the_remote_does_not_have_exits_with_its_answer_and_leaves_nothing(
-    dataset_id, named, hub, datasets, exit_sentence
+    dataset_id, hub, datasets, exit_sentence
 ):
     if dataset_id == "some/hopper/other-v0":
         publish(hub, datasets)
     sentence = exit_sentence(resolve_task, "", dataset_id)
-    assert "could not be downloaded from" in sentence
-    assert named in sentence
+    assert re.search("could not be downloaded from .*404", sentence)
     assert list(datasets.iterdir()) == []
 
 
 def test_googles_storage_names_the_package_that_it_needs(datasets, monkeypatch, exit_sentence):
     monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
-    assert "`pip install google-cloud-storage`" in exit_sentence(resolve_task, "", "gcp://bucket/some/x-v0")
+    assert "google-cloud-storage" in exit_sentence(resolve_task, "", "gcp://bucket/some/x-v0")
 
 
 def test_a_file_that_vanishes_during_a_download_leaves_nothing(hub, datasets, monkeypatch, exit_sentence):
@@ -98,21 +89,8 @@ def test_a_file_that_vanishes_during_a_download_leaves_nothing(hub, datasets, mo
     data = hub.folder / "farama-minari" / ID / "data"
     (data / "main_data.hdf5").unlink()
     sentence = exit_sentence(resolve_task, "", ID)
-    assert "damaged" in sentence or "cannot be read" in sentence, "the client takes what there is"
+    assert "cannot be read" in sentence, "the client takes what there is"
     assert not list(datasets.glob(".making-*"))
-
-
-def test_a_certificate_error_is_an_answer(hub, datasets, monkeypatch):
-    """Of a remote that is there: what it lacks is for its client to say, which may trust other authorities."""
-    publish(hub, datasets)
-    session = huggingface_hub.get_session()
-
-    def head(url, timeout):
-        raise ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
-
-    monkeypatch.setattr(session, "head", head)
-    monkeypatch.setattr("common.harness.datasets.huggingface_hub.get_session", lambda: session)
-    assert resolve_task("", ID).dataset_ids == (ID,)
 
 
 def test_a_disk_without_room_is_told_before_the_download(hub, datasets, monkeypatch, exit_sentence):
@@ -124,26 +102,17 @@ def test_a_disk_without_room_is_told_before_the_download(hub, datasets, monkeypa
     assert list(datasets.iterdir()) == []
 
 
-@pytest.mark.parametrize("there", ["locally", "remotely"])
-def test_antmaze_takes_version_2_and_only_without_it_version_1(there, hub, datasets, capsys):
-    first, second = (f"D4RL/antmaze/umaze-v{version}" for version in (1, 2))
-    if there == "remotely":
-        publish(hub, datasets, dataset_id=second, num_episodes=2)
-    record_hopper(first, 2)
-    assert resolve_task("antmaze-umaze").dataset_ids == (first if there == "locally" else second,)
-    assert (f"{first}, which it supersedes" in capsys.readouterr().out) == (there == "locally")
-
-
 def test_an_interrupted_download_leaves_nothing(hub, datasets, monkeypatch):
+    """And a signal, which ends a run by SystemExit, is not taken for a failure of the download."""
     publish(hub, datasets)
     download = minari.download_dataset
 
     def interrupted(dataset_id):
         download(dataset_id)
-        raise KeyboardInterrupt
+        sys.exit(143)
 
     monkeypatch.setattr(minari, "download_dataset", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="143"):
         resolve_task("", ID)
     assert list(datasets.iterdir()) == []
 

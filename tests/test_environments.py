@@ -11,8 +11,7 @@ import pytest
 from helpers import evaluated
 
 from common.harness import Evaluator, environments, pointmaze
-from common.harness.datasets import cell_centre
-from common.harness.environments import make_env, make_gym_env
+from common.harness.environments import cell_centre, make_env, make_gym_env
 from common.harness.tasks import ENVIRONMENTS
 
 HOPPER = ENVIRONMENTS["Hopper"]

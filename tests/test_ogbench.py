@@ -55,6 +55,21 @@ def test_an_episode_lasts_200_steps_and_is_paid_for_success_alone(file):
 
 
 @pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda arrays: arrays.pop("qpos"), "there is no 'qpos' in it"),
+        (lambda arrays: arrays["terminals"].__setitem__(-1, 0), "its last row has to end an episode"),
+    ],
+)
+def test_what_the_file_lacks_is_told(change, named, file, exit_sentence):
+    arrays = dict(np.load(file))
+    change(arrays)
+    np.savez(file, **arrays)
+    sentence = exit_sentence(load_dataset, resolve_task(NAME, None, str(file)), "none")
+    assert f"{file} cannot be read: {named}" in sentence
+
+
+@pytest.mark.parametrize(
     ("name", "named"),
     [
         ("visual-cube-single-play-singletask-v0", "pictures"),

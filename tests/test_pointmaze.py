@@ -112,7 +112,7 @@ def test_the_picture_shows_the_paths(tmp_path, gym_id):
     maze, cells = maze_of(gym_id), ((1, 1), (1, 2))
     path = np.linspace(*(maze.cell_rowcol_to_xy(np.array(cell)) for cell in cells), 10)
     for name, behaviour in (("two", [path]), ("one", [])):
-        plots.maze_paths(maze, cells, 0.45, behaviour, [path], tmp_path / f"{name}.png")
+        plots.maze_paths(maze, cells, 0.45, behaviour, [path]).savefig(tmp_path / f"{name}.png")
     two, one = (matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("two", "one"))
     height, width = two.shape[:2]
     assert width > height > 100

@@ -1,8 +1,18 @@
 """Losses, targets, weights, gradients and samples against the numbers of the authors' JAX release.
 
 edp_reference.npz holds what that release computes for fixed networks, a fixed batch and fixed random draws, and these
-draws. The functions of the algorithm files are called as they are; only what they draw is replaced. An error is
-measured against the largest entry. Two float32 programs agree to 1e-6; where more is allowed, a comment says why.
+draws. The functions of the algorithm files are called as they are; only what they draw is replaced. They compute in
+float64 here, so what differs is the release's rounding to float32 alone, the same on every processor. Errors are
+measured against the largest entry. Each tolerance is three to four times the error that was measured, so it tells how
+far the release is from exact numbers; a wrong factor, sign or index shows in the first digits.
+
+    3e-6   7.4e-7 measured: losses, targets, weights and gradients, unless named here
+    6e-6   1.7e-6, the gradient of IQL's policy loss; 1.1e-6, CRR's by the ELBO, with the release's schedule
+    1.5e-5 3.9e-6, the target by DDPM: the rounding of 100 steps
+    4e-5   1.1e-5, what follows IQL's first step of Adam, which is nearly the sign of the gradient, small entries too
+    1.2e-4 3.9e-5, CRR's loss by the ELBO: it divides by 1 - alpha_bar, which loses digits in float32 where k is small
+
+The solver's samples have theirs beside them.
 """
 
 from itertools import pairwise
@@ -20,7 +30,7 @@ from common.dpm_solver import dpm_solver_sample
 from common.harness import Dataset
 from common.networks import NoisePredictor, Value, init_twin_critics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("float64", "quick_compilation")
 
 REFERENCE = np.load(Path(__file__).parent / "edp_reference.npz")
 CASES = {
@@ -40,14 +50,10 @@ def load(name):
     return algorithm, algorithm.Args(**flags), numbers
 
 
-def cases(*names):
-    return pytest.mark.parametrize("name", names)
-
-
 # ---------------------------------------------------------------------------------------------- batch and networks
 OBS_DIM, ACT_DIM, HIDDEN = 11, 3, (256, 256, 256)
 NAMES = ("observations", "actions", "rewards", "next_observations", "dones")
-BATCH = Dataset(*(REFERENCE[f"batch/{name}"] for name in NAMES))
+BATCH = Dataset(*(np.float64(REFERENCE[f"batch/{name}"]) for name in NAMES))
 
 
 def weights(widths, seed, gain):
@@ -56,14 +62,14 @@ def weights(widths, seed, gain):
     for fan_in, fan_out in pairwise(widths):
         arrays += [random.uniform(-1, 1, shape) / np.sqrt(fan_in) for shape in ((fan_out, fan_in), (fan_out,))]
     arrays[-2:] = gain * arrays[-2], gain * arrays[-1]
-    return [np.float32(array) for array in arrays]
+    return [np.float64(np.float32(array)) for array in arrays]
 
 
 def with_leaves(init, leaves):
     """The module that `init` makes with these arrays as its leaves."""
     module = jax.eval_shape(init)
     assert [leaf.shape for leaf in leaves] == [leaf.shape for leaf in jax.tree.leaves(module)]
-    return jax.tree.unflatten(jax.tree.structure(module), map(jnp.asarray, leaves))
+    return jax.tree.unflatten(jax.tree.structure(module), leaves)
 
 
 def make_policy(seed, time_seed):
@@ -115,11 +121,11 @@ def loss_and_gradient(function, *inputs):
     return loss, metrics, gradient
 
 
-def assert_close(result, expected, tolerance=1e-6):
-    assert np.abs(np.float64(result) - expected).max() <= tolerance * np.abs(expected).max()
+def assert_close(result, expected, tolerance=3e-6):
+    np.testing.assert_allclose(result, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-def assert_gradient_close(gradient, digests, tolerance=1e-6):
+def assert_gradient_close(gradient, digests, tolerance=3e-6):
     """A digest of the release is an array's norm and its product with (cos 0, cos 1, ...)."""
     leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(gradient)]
     assert len(leaves) == len(digests)
@@ -128,16 +134,13 @@ def assert_gradient_close(gradient, digests, tolerance=1e-6):
 
 
 # --------------------------------------------------------------------------------------------------------- samples
-# The release's coefficients are float32, and the longer a step is the more it magnifies them; here all is float64.
-@pytest.mark.parametrize(
-    ("calls", "tolerance"), [(5, 3e-5), (10, 2e-6), (15, 1e-5), (16, 1e-6), (17, 1e-5), (30, 1e-5)]
-)
+# 2.5e-5 measured with 5 calls, up to 8.7e-6 with more: the longer a step is, the more it magnifies its coefficients'
+# rounding.
+@pytest.mark.parametrize(("calls", "tolerance"), [(5, 8e-5), *((calls, 3e-5) for calls in (10, 15, 16, 17, 30))])
 def test_samples_of_the_solver(calls, tolerance, replace_draws):
     """The release's clip at exact time, and the result clipped, as sample_action does (D4)."""
-    with jax.enable_x64(True):
-        policy, obs = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (POLICY, BATCH.obs))
-        replace_draws(np.float64(REFERENCE[f"solver/{calls}/x_K"]))
-        action = run(edp_td3bc.sample_action, policy, obs, KEY, edp_td3bc.Args(num_solver_calls=calls))
+    replace_draws(REFERENCE[f"solver/{calls}/x_K"])
+    action = run(edp_td3bc.sample_action, POLICY, BATCH.obs, KEY, edp_td3bc.Args(num_solver_calls=calls))
     assert_close(action, REFERENCE[f"solver/{calls}/action"], tolerance)
 
 
@@ -152,28 +155,27 @@ def truncating_solver(noise_fn, schedule, x_init, num_calls, order, clip):
 
 
 # --------------------------------------------------------------------------------------------- targets and critics
-@cases("td3", "crr")
-@pytest.mark.parametrize(("truncate", "tolerance"), [(True, 1e-6), (False, 3e-3)])
-def test_critic_target(name, truncate, tolerance, replace_draws, monkeypatch):
-    """What exact time changes (D4) is seen in the third digit; with the release's time nothing is left."""
-    algorithm, args, numbers = load(name)
+def test_critic_target(replace_draws, monkeypatch):
+    """With the release's time nothing is left; what exact time changes (D4) is seen in the third digit."""
+    algorithm, args, numbers = load("td3")
     replace_draws(numbers["x_K"])
-    if truncate:
-        monkeypatch.setattr(algorithm, "dpm_solver_sample", truncating_solver)
-    target = run(algorithm.critic_target, TARGET_CRITICS, TARGET_POLICY, BATCH, KEY, args)
-    assert_close(target, numbers["target"], tolerance)
+    target = lambda: run(algorithm.critic_target, TARGET_CRITICS, TARGET_POLICY, BATCH, KEY, args)
+    difference = np.abs(target() - numbers["target"]).max() / np.abs(numbers["target"]).max()
+    assert 1e-3 < difference < 1e-2
+    monkeypatch.setattr(algorithm, "dpm_solver_sample", truncating_solver)
+    assert_close(target(), numbers["target"])
 
 
 def test_critic_target_by_ddpm(replace_draws):
     algorithm, args, numbers = load("td3_ddpm100")
     replace_draws(numbers["x_K"], noise_by_k=numbers["noise_by_k"])
     target = run(algorithm.critic_target, TARGET_CRITICS, TARGET_POLICY, BATCH, KEY, args)
-    assert_close(target, numbers["target"], 5e-6)  # the release's rounding in 100 steps: in float64 it is the same
+    assert_close(target, numbers["target"], 1.5e-5)
 
 
-@cases(*CASES)
+@pytest.mark.parametrize("name", ["td3", "td3_ddpm100", "iql"])
 def test_critic_loss_and_its_gradient(name):
-    """At the release's own target."""
+    """At the release's own target, which is the same for td3 and crr."""
     algorithm, _, numbers = load(name)
     loss, _, gradient = loss_and_gradient(algorithm.critic_loss, CRITICS, numbers["target"], BATCH)
     if name != "iql":  # whose loss the file does not hold
@@ -195,15 +197,14 @@ def test_iql_value_loss_and_what_follows_from_the_updated_value():
         return optax.apply_updates(value, optimizer.update(gradient, optimizer.init(value))[0])
 
     value = run(update, VALUE, gradient)
-    assert_close(run(algorithm.critic_target, value, BATCH, args), numbers["target"])
+    assert_close(run(algorithm.critic_target, value, BATCH, args), numbers["target"], 4e-5)
     weight = run(algorithm.advantage_weight, value, TARGET_CRITICS, BATCH, args)
-    assert_close(weight, numbers["weight"], 2e-6)  # exp(3 A) has three times A's error
+    assert_close(weight, numbers["weight"], 4e-5)
 
 
-@cases("crr", "crr_elbo")
-def test_crr_weight(name, replace_draws):
+def test_crr_weight(replace_draws):
     """Around the approximated actions, which are computed here too."""
-    algorithm, args, numbers = load(name)
+    algorithm, args, numbers = load("crr")
     replace_draws(numbers["k"], numbers["noise"], numbers["advantage_noise"])
 
     def weight(policy, critics, batch):
@@ -224,13 +225,16 @@ def float32_schedule(schedule):
 @pytest.mark.parametrize(
     ("name", "rounded", "tolerance"),
     [
-        *((name, False, 1e-6) for name in CASES if name != "crr_elbo"),
-        ("crr_elbo", True, 1e-6),
-        ("crr_elbo", False, 4e-5),
+        ("td3", False, 3e-6),
+        ("td3_ddpm100", False, 3e-6),
+        ("crr", False, 3e-6),
+        ("iql", False, 6e-6),
+        ("crr_elbo", True, 6e-6),
+        ("crr_elbo", False, 1.2e-4),
     ],
 )
 def test_policy_loss_and_its_gradient(name, rounded, tolerance, replace_draws, monkeypatch):
-    """Diffusion loss, guidance and their sum; with the release's rounding of the schedule nothing is left in any."""
+    """Diffusion loss, guidance and their sum; of the ELBO also with the release's rounding of the schedule."""
     algorithm, args, numbers = load(name)
     replace_draws(*(numbers[key] for key in ("k", "noise", "critic_index", "advantage_noise") if key in numbers))
     if rounded:
@@ -238,6 +242,7 @@ def test_policy_loss_and_its_gradient(name, rounded, tolerance, replace_draws, m
         monkeypatch.setattr(algorithm, "make_schedule", lambda name, num_steps: schedule)
     guide = numbers["weight"] if name == "iql" else CRITICS
     loss, metrics, gradient = loss_and_gradient(algorithm.policy_loss, POLICY, guide, BATCH, KEY, args)
+    assert loss.dtype == jnp.float64
     guidance, constant = metrics["guidance_loss"], 0
     if algorithm is edp_td3bc:
         guidance = 2 * guidance  # theirs holds the factor that is in our eta
@@ -247,3 +252,15 @@ def test_policy_loss_and_its_gradient(name, rounded, tolerance, replace_draws, m
     assert_close(guidance + constant, numbers["guidance_loss"], tolerance)
     assert_close(loss + constant, numbers["policy_loss"], tolerance)
     assert_gradient_close(gradient, numbers["policy_gradient"], tolerance)
+
+
+def test_in_float32_as_runs_compute(replace_draws):
+    """Our rounding comes to the release's: up to 2.4e-6 in these losses, summed in another order by each processor."""
+    algorithm, args, numbers = load("td3")
+    replace_draws(*(numbers[key] for key in ("k", "noise", "critic_index")))
+    with jax.enable_x64(False):
+        inputs = jax.tree.map(np.float32, (POLICY, CRITICS, BATCH))
+        loss, _, gradient = loss_and_gradient(algorithm.policy_loss, *inputs, KEY, args)
+    assert loss.dtype == jnp.float32
+    assert_close(loss, numbers["policy_loss"], 1e-5)
+    assert_gradient_close(gradient, numbers["policy_gradient"], 1e-5)

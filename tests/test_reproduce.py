@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import report
@@ -261,7 +262,18 @@ def test_the_key_changes_with_all_that_decides_the_numbers_and_with_nothing_else
     reproduce.data_digest.cache_clear()
     reproduce.plan.cache_clear()
     others.append(plan(tmp_path))
-    assert len({job.folder, *(other.folder for other in others)}) == 5
+    reproduce.plan.cache_clear()
+    with jax.default_matmul_precision("bfloat16"):
+        others.append(plan(tmp_path))
+    reproduce.plan.cache_clear()
+    assert len({job.folder, *(other.folder for other in others)}) == 6
+
+
+def test_planning_starts_no_device(pointmaze_datasets, tmp_path, monkeypatch):
+    """With JAX's threads a process must not be forked, as Ray forks it; and a GPU is for the runs."""
+    monkeypatch.setattr(jax, "devices", lambda: pytest.fail("JAX was started"))
+    reproduce.plan.cache_clear()
+    plan(tmp_path)
 
 
 def test_scale_shortens_a_run_and_leaves_ten_evaluations(pointmaze_datasets, tmp_path):
@@ -278,7 +290,7 @@ def test_scale_shortens_a_run_and_leaves_ten_evaluations(pointmaze_datasets, tmp
         ({"gpus": -1}, "--gpus has to be"),
         ({"gpus": 1.5}, "--gpus has to be"),
         ({"flags": "'"}, "No closing quotation"),
-        ({"data": ("nobody/has/this-v0",)}, "Dataset nobody/has/this-v0 is not on this machine"),
+        ({"data": ("nobody/has/this-v0",)}, "Dataset nobody/has/this-v0 is not in "),
         ({"data": ("local",)}, "has none of table2's tasks"),
     ],
 )

@@ -97,7 +97,7 @@ def test_every_flag_is_used(algorithm):
     text, harness = text_of(algorithm), (SCRIPTS.parent / "common" / "harness").glob("*.py")
     harness = "".join(file.read_text() for file in harness)
     of_every_run = {"seed", "num_seeds", "run_dir", "resume", "checkpoint_every", "eval_every", "track", "preset"}
-    of_every_run |= {"env_id", "dataset_id", "dataset_path", "trust", "exp_name", "capture_video"}
+    of_every_run |= {"env_id", "dataset_id", "dataset_path", "trust", "exp_name", "capture_video", "eval_episodes"}
     for name in importlib.import_module(f"algorithms.{algorithm}").Args.__dataclass_fields__:
         assert re.search(rf"\bargs\.{name}\b", harness if name in of_every_run else text), name
 
@@ -107,7 +107,7 @@ def test_every_flag_is_used(algorithm):
     [
         ("edp_td3bc", "dql_baseline", 40),
         ("edp_td3bc", "edp_crr", 70),
-        ("edp_td3bc", "edp_iql", 100),
+        ("edp_td3bc", "edp_iql", 102),
         ("td3bc", "edp_td3bc", 170),
         ("crr", "edp_crr", 145),
         ("iql", "edp_iql", 125),

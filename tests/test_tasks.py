@@ -13,9 +13,10 @@ from helpers import ALGORITHMS, SCRIPTS, fields_of
 
 from algorithms import edp_td3bc
 from common.harness import NonNegative, Positive, UnitInterval, tasks
-from common.harness.environments import make_gym_env, task_of_dataset
+from common.harness.environments import make_gym_env
 from common.harness.flags import check_flags
-from common.harness.tasks import TASKS, Domain, find_task, normalized_score, with_domain_defaults
+from common.harness.recorded import task_of_dataset
+from common.harness.tasks import FAST, FAST_DDPM, TASKS, Domain, find_task, normalized_score, with_domain_defaults
 
 ROBOTS = ("halfcheetah", "hopper", "walker2d")
 LOCOMOTION = [f"{robot}-{quality}" for robot in ROBOTS for quality in ("medium", "medium-replay", "medium-expert")]
@@ -150,10 +151,14 @@ def test_an_environment_of_the_tables_name_and_version_brings_its_protocol(gym_i
 
 
 @pytest.mark.parametrize(
-    ("dataset_id", "env_id"), [("D4RL/antmaze/umaze-v1", "antmaze-umaze"), ("D4RL/pen/human-v2", "pen-human")]
+    ("dataset_id", "env_id", "recorded"),
+    [
+        ("D4RL/antmaze/umaze-v1", "antmaze-umaze", "AntMaze_UMaze-v4"),
+        ("D4RL/pen/human-v2", "pen-human", "AdroitHandPen-v1"),
+    ],
 )
-def test_the_tables_own_datasets_bring_its_protocol(dataset_id, env_id):
-    task = task_of_dataset(dataset_id, spec_of("AntMaze_UMaze-v4"))  # in which Minari recorded some of v5's
+def test_the_tables_own_datasets_bring_its_protocol(dataset_id, env_id, recorded):
+    task = task_of_dataset(dataset_id, spec_of(recorded))  # Minari recorded some of v5's in v4
     assert (task.environment, task.dataset_ids) == (TASKS[env_id].environment, (dataset_id,))
 
 
@@ -263,24 +268,38 @@ def test_a_copied_algorithm_with_a_flag_of_its_own_is_accepted():
     check_flags(copied())
 
 
-def numbers_in(text: str) -> list[float]:
-    """As people write them: 3e-4, 2,000,000, 2 million, 10k, 1/3; the number of a table or equation is none."""
-    text = re.sub(r"(Table|Alg\.|Eq\.|Sec\.|Fig\.) \d+", "", text)
-    units = {"": 1, "k": 1e3, "thousand": 1e3, "M": 1e6, "million": 1e6}
-    found = re.findall(r"(\d[\d,_]*(?:\.\d+)?(?:e-?\d+)?)(?:/(\d+))?(?: ?(k|thousand|M|million)\b)?", text)
-    value = lambda digits: float(digits.replace(",", "").replace("_", ""))
-    return [value(number) / float(divisor or 1) * units[unit] for number, divisor, unit in found]
+DOMAINS = {value.name: value for value in vars(tasks).values() if isinstance(value, Domain)}
+PLACES = {"the kitchen": ["kitchen"], "OGBench": ["ogbench"], "mazes": ["antmaze", "pointmaze"]}
+PLACES |= {name: [name] for name in DOMAINS}
+
+
+def stated(text: str, domain: Domain) -> str | None:
+    """The value that a help text names for a domain: "...: 3e-4; in adroit 3e-5 (Table 3), in bandit 3e-3"."""
+    default, _, others = re.sub(r" \(.*?\)", "", text.partition(": ")[2]).partition("; in ")
+    place = rf"(?:{'|'.join(PLACES)})"
+    pattern = rf"({place}(?:(?:, | and ){place})*) (\S*\w)"
+    assert not re.search(place, re.sub(pattern, "", others)), f"cannot be read: {text}"
+    for places, value in re.findall(pattern, others):
+        if any(domain.name in PLACES[each] for each in re.split(", | and ", places)):
+            return value
+    return default if others else None
+
+
+def number(text: str) -> float:
+    """As people write it: 3e-4, 2,000,000, 1/3."""
+    over, _, under = text.replace(",", "").partition("/")
+    return float(over) / float(under or 1)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_help_of_a_flag_without_default_names_the_value_of_every_domain(algorithm):
-    module = importlib.import_module(f"algorithms.{algorithm}")
-    domains = [value for value in vars(tasks).values() if isinstance(value, Domain)]
-    unset = [field.name for field in dataclasses.fields(module.Args) if field.default is None]
-    assert {"num_updates", "eval_every", "eval_episodes"} <= set(unset)
-    for name in set(unset) & set(Domain._fields):
-        text = fields_of(algorithm)[name]
-        source = "iql_reward_rule" if name == "reward_rule" and algorithm.endswith("iql") else name
-        for value in {getattr(domain, source) for domain in domains}:
-            named = value in text if isinstance(value, str) else np.isclose(numbers_in(text), value, rtol=1e-9).any()
-            assert named, f"--{name.replace('_', '-')}: {value} is not in {text!r}"
+def test_the_help_of_a_flag_names_its_value_in_every_domain(algorithm):
+    """A text that names a domain's value names what a run there has; a flag without a default has such a text."""
+    args = importlib.import_module(f"algorithms.{algorithm}").Args()
+    for domain in DOMAINS.values():
+        filled = with_domain_defaults(args, domain, iql=algorithm.endswith("iql"))
+        for name, text in fields_of(algorithm).items():
+            value, says = getattr(filled, name), stated(text, domain)
+            if says is not None:
+                assert (says if isinstance(value, str) else number(says)) == value, f"--{name} in {domain.name}: {text}"
+            else:
+                assert value == getattr(args, name) or name in FAST | FAST_DDPM, f"--{name} in {domain.name}: {text}"

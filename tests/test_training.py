@@ -1,6 +1,7 @@
 """Updates, optimizers, seeds, acting and checkpoints.
 
-Where algorithm files share their text (tests/test_siblings.py compares it), one of them stands for all.
+Where algorithm files share their text (tests/test_siblings.py compares it), one of them stands for all. Numbers that
+should be equal are compared in float64, where another order of sums changes the last of sixteen digits.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from helpers import make_args as args_of
 from algorithms import bc, crr, dql_baseline, edp_iql, edp_td3bc, td3bc
 from common.harness import Dataset, load_run
 from common.harness.checkpoint import CheckpointError, save_checkpoint
-from common.harness.run import seed_keys, to_devices
+from common.harness.devices import seed_keys, to_devices
 from common.networks import twin_q
 
 OBS_DIM, ACT_DIM, SIZE, SEEDS = 3, 2, 300, (0, 1, 2)
@@ -32,7 +33,8 @@ SMALL = {"batch_size": 32, "num_updates": 10, "learning_rate": 1e-3, "eta": 1.0,
 SMALL |= {"num_diffusion_steps": 50, "num_solver_calls": 2, "solver_order": 1, "num_eval_actions": 1}
 SMALL |= {"max_grad_norm": 0.01}  # every gradient here is larger
 SMALL |= {"init_noise_scale": 0.001}  # of untrained networks: with 1, every action is clipped to a corner
-pytestmark = pytest.mark.usefixtures("quick_networks")
+pytestmark = pytest.mark.usefixtures("float64", "quick_networks")
+CLOSE = {"rtol": 1e-7, "atol": 1e-7}
 
 
 def over(*modules):
@@ -49,7 +51,7 @@ def make_dataset():
     obs, next_obs = rng.normal(size=(2, SIZE, OBS_DIM))
     terminal = rng.integers(0, 2, SIZE)
     dataset = Dataset(obs, rng.uniform(-1, 1, (SIZE, ACT_DIM)), rng.normal(size=SIZE), next_obs, terminal)
-    return jax.tree.map(jnp.float32, dataset)
+    return jax.tree.map(lambda array: jnp.asarray(array, float), dataset)
 
 
 @cache
@@ -118,7 +120,7 @@ def assert_trees_equal(actual, expected):
 def assert_polyak(new, before, after):
     """`after` is 0.005 `new` + 0.995 `before`."""
     average = lambda new, target: 0.005 * np.asarray(new, np.float64) + 0.995 * np.asarray(target, np.float64)
-    assert_trees_close(after, jax.tree.map(average, new, before), rtol=1e-6, atol=1e-8)
+    assert_trees_close(after, jax.tree.map(average, new, before), **CLOSE)
 
 
 # --------------------------------------------------------------------------------------------------- one update
@@ -143,7 +145,7 @@ def test_td3bc_moves_policy_and_targets_at_every_second_update_and_the_critics_a
         assert norm(jax.tree.map(jnp.subtract, new.critics, state.critics)) > 0
         batch = batch_of(jax.random.split(jax.random.fold_in(key, update))[0])
         loss, _ = compiled(td3bc.policy_loss)(state.policy, new.critics, batch, args)  # the new critics, as Alg. 1
-        np.testing.assert_allclose(metrics["policy_loss"], loss, rtol=1e-4)
+        np.testing.assert_allclose(metrics["policy_loss"], loss, **CLOSE)
         if update == 2:
             assert norm(jax.tree.map(jnp.subtract, new.policy, state.policy)) > 0
             assert_polyak(new.critics, state.target_critics, new.target_critics)
@@ -170,11 +172,11 @@ def test_policy_follows_the_critics_from_after_their_update():
     batch = batch_of(batch_key)
     target = jax.jit(edp_td3bc.critic_target)(state.target_critics, state.target_policy, batch, target_key, args)
     loss, _ = edp_td3bc.critic_loss(state.critics, target, batch)
-    np.testing.assert_allclose(metrics["critic_loss"], loss, rtol=1e-4)
+    np.testing.assert_allclose(metrics["critic_loss"], loss, **CLOSE)
     guidance = lambda critics: compiled(edp_td3bc.policy_loss)(state.policy, critics, batch, policy_key, args)[1]
     after, before = (guidance(critics)["guidance_loss"] for critics in (new.critics, state.critics))
     assert abs(after - before) > 1e-2
-    np.testing.assert_allclose(metrics["guidance_loss"], after, rtol=1e-3)
+    np.testing.assert_allclose(metrics["guidance_loss"], after, **CLOSE)
 
 
 def test_iql_updates_the_value_first():
@@ -183,7 +185,7 @@ def test_iql_updates_the_value_first():
     new, metrics = step(edp_iql, state, 7, key)
     batch = batch_of(jax.random.split(jax.random.fold_in(key, 7))[0])
     value_loss, _ = edp_iql.value_loss(state.value, state.target_critics, batch, args)
-    np.testing.assert_allclose(metrics["value_loss"], value_loss, rtol=1e-4)
+    np.testing.assert_allclose(metrics["value_loss"], value_loss, **CLOSE)
     for value, is_used in ((new.value, True), (state.value, False)):
         weight = edp_iql.advantage_weight(value, state.target_critics, batch, args).mean()
         assert np.isclose(metrics["weight"], weight, rtol=1e-4) == is_used
@@ -210,12 +212,12 @@ def test_gradients_are_clipped_by_the_global_norm_of_each_network_and_of_both_cr
     moments = {name: optax.tree_utils.tree_get(value, "mu") for name, value in optimizers.items()}
     assert len(moments) == (3 if algorithm is edp_iql else 2)
     for moment in moments.values():
-        np.testing.assert_allclose(norm(moment), 0.1 * 0.01, rtol=1e-4)
+        np.testing.assert_allclose(norm(moment), 0.1 * 0.01, **CLOSE)
     shares = [norm(one(moments["critics_opt"], i)) for i in range(2)]
     assert 0 < min(shares) <= max(shares) < 0.1 * 0.01 * 0.999
     for optimizer in algorithm.make_optimizers(make_args(algorithm, max_grad_norm=5.0)):
         _, opt_state = jax.jit(optimizer.update)(jnp.array([0.6, 0.8]), optimizer.init(jnp.zeros(2)))
-        np.testing.assert_allclose(optax.tree_utils.tree_get(opt_state, "mu"), [0.06, 0.08], rtol=1e-5)
+        np.testing.assert_allclose(optax.tree_utils.tree_get(opt_state, "mu"), [0.06, 0.08], **CLOSE)
 
 
 @over(edp_td3bc, td3bc)
@@ -227,8 +229,9 @@ def test_lr_decay_takes_the_policys_rate_along_a_cosine_to_zero(algorithm, lr_de
     decayed = 3e-4 * (1 + np.cos(np.pi * np.arange(num + 1) / num)) / 2
     for optimizer, expected in zip(algorithm.make_optimizers(args), (decayed if lr_decay else 3e-4, 3e-4)):
         update = lambda opt_state, gradient: optimizer.update(gradient, opt_state)[::-1]
-        _, steps = jax.lax.scan(update, optimizer.init(jnp.float32(0)), jnp.ones(num + 1))
-        np.testing.assert_allclose(-steps, np.broadcast_to(expected, num + 1), rtol=1e-4, atol=1e-10)
+        _, steps = jax.lax.scan(update, optimizer.init(jnp.zeros(())), jnp.ones(num + 1))
+        # Adam divides by |g| + 1e-8
+        np.testing.assert_allclose(-steps, np.broadcast_to(expected, num + 1), rtol=1e-7, atol=1e-15)
 
 
 # -------------------------------------------------------------------------------------------- seeds and chunks
@@ -272,15 +275,15 @@ def test_chunk_size_does_not_change_the_result_and_one_size_compiles_once():
 
 
 def test_a_seed_trained_alone_is_the_seed_trained_with_others():
-    """Up to float32 rounding: batched matrix products sum in another order, and 10 updates of Adam amplify that."""
+    """Up to rounding: batched matrix products sum in another order, and 10 updates of Adam amplify that."""
     (state, metrics), (solo, keys) = train(5), start(edp_td3bc, [1])
     solo = one(solo)
     for update in range(1, 11):
         solo, of_update = step(edp_td3bc, solo, update, keys[0])
         for name, value in of_update.items():
-            np.testing.assert_allclose(value, metrics[name][update - 1, 1], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(value, metrics[name][update - 1, 1], **CLOSE)
     for name in ("policy", "critics", "target_policy", "target_critics"):
-        assert_trees_close(getattr(solo, name), one(getattr(state, name), 1), atol=1e-5)
+        assert_trees_close(getattr(solo, name), one(getattr(state, name), 1), **CLOSE)
 
 
 def test_three_devices_give_what_one_gives(tmp_path):
@@ -289,6 +292,7 @@ def test_three_devices_give_what_one_gives(tmp_path):
 import jax, numpy as np, test_training
 from common import networks
 jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_enable_x64", True)
 networks.NUM_HIDDEN = 1
 state, metrics = test_training.train(5)
 assert test_training.edp_td3bc.train_chunk._cache_size() == 1
@@ -298,10 +302,11 @@ two = test_training.to_devices(np.arange(2.0), over_seeds=True)
 assert [shard.data.shape for shard in two.addressable_shards] == [(2,)] * 3
 np.savez({str(tmp_path / "metrics.npz")!r}, **metrics)
 """
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=3"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(SCRIPTS.parent)}
     subprocess.run([sys.executable, "-c", program], env=env, cwd=Path(__file__).parent, check=True)
     with np.load(tmp_path / "metrics.npz") as metrics:
-        assert_trees_close(dict(metrics), train(5)[1], rtol=1e-4, atol=1e-5)
+        assert_trees_close(dict(metrics), train(5)[1], **CLOSE)
 
 
 def test_seeds_differ_in_every_initial_weight_and_targets_start_as_copies():
@@ -330,7 +335,7 @@ def acting(algorithm=edp_td3bc, num_obs=16):
         critics = scaled(jax.vmap(centred)(scaled(state.critics, 100.0)), 5.0)
         state = state._replace(policy=scaled(state.policy, 0.005), critics=critics)
     obs = np.random.default_rng(0).normal(size=(3, num_obs, OBS_DIM))
-    return state, jnp.float32(obs), jax.vmap(lambda key: jax.random.split(key, num_obs))(keys)
+    return state, jnp.asarray(obs), jax.vmap(lambda key: jax.random.split(key, num_obs))(keys)
 
 
 def candidates(algorithm, state, obs, keys, step, num, *settings, split=True):
@@ -352,11 +357,11 @@ def test_what_an_observation_is_answered_does_not_depend_on_what_it_is_asked_wit
     action = edp_td3bc.act(state, obs, keys, 2, args)
     for i, j in ((0, 0), (1, 5), (2, 15)):
         alone = compiled(edp_td3bc.select_action)(one(state, i), obs[i, j], keys[i, j], 2, args)
-        np.testing.assert_allclose(alone, action[i, j], atol=1e-5)
+        np.testing.assert_allclose(alone, action[i, j], **CLOSE)
     others = obs.at[:, 1:].set(-obs[:, 1:])
-    np.testing.assert_allclose(edp_td3bc.act(state, others, keys, 2, args)[:, 0], action[:, 0], atol=1e-6)
+    np.testing.assert_allclose(edp_td3bc.act(state, others, keys, 2, args)[:, 0], action[:, 0], **CLOSE)
     mixed = edp_td3bc.act(state, obs[:, ::-1], keys[:, ::-1], 2, args)
-    np.testing.assert_allclose(mixed[:, ::-1], action, atol=1e-5)
+    np.testing.assert_allclose(mixed[:, ::-1], action, **CLOSE)
 
 
 def test_episodes_steps_and_seeds_act_by_different_draws_of_one_program():
@@ -378,7 +383,7 @@ def test_one_action_is_a_plain_sample_whatever_the_critics_say(algorithm):
     state = state._replace(critics=scaled(state.critics, -1))
     if algorithm is bc:
         state, args = bc.TrainState(state.policy, ()), make_args(bc, policy="diffusion")
-    np.testing.assert_allclose(algorithm.act(state, obs, keys, 3, args), expected[:, :, 0], atol=1e-5)
+    np.testing.assert_allclose(algorithm.act(state, obs, keys, 3, args), expected[:, :, 0], **CLOSE)
 
 
 def test_an_action_is_selected_with_probability_proportional_to_exp_of_the_smaller_q():
@@ -407,7 +412,7 @@ def test_an_action_is_selected_with_probability_proportional_to_exp_of_the_small
     assert z < 4
     assert chi_square < 3 + 4 * np.sqrt(6)  # 3 degrees of freedom
     others = (q.max(axis=0), q.mean(axis=0), q[0], q[1], 1.5 * q.min(axis=0), 0.1 * q.min(axis=0))
-    assert min(max(deviation(other)) for other in others) > 30  # which shows that the bounds are narrow
+    assert min(max(deviation(other)) for other in others) > 15  # beyond the bounds, which are narrow enough to tell
 
 
 def test_temperature_and_noise_scale_control_the_sampler_when_acting():
@@ -415,7 +420,7 @@ def test_temperature_and_noise_scale_control_the_sampler_when_acting():
     (state, obs, keys), args = acting(), make_args(edp_td3bc)
     cold = state._replace(policy=scaled(state.policy, 0.5))
     action = edp_td3bc.act(state, obs, keys, 0, dataclasses.replace(args, policy_temperature=0.5))
-    np.testing.assert_allclose(action, edp_td3bc.act(cold, obs, keys, 0, args), atol=1e-4)
+    np.testing.assert_allclose(action, edp_td3bc.act(cold, obs, keys, 0, args), **CLOSE)
     assert np.abs(action - edp_td3bc.act(state, obs, keys, 0, args)).max() > 0.01
     silent = dataclasses.replace(args, init_noise_scale=0.0)
     action = edp_td3bc.act(state, obs, keys, 0, silent)
@@ -428,7 +433,7 @@ def test_a_feed_forward_policy_acts_by_its_mean_or_by_energy_based_selection_aro
     """N = 1 is the mean, whatever the key; of N samples one is drawn with probability ~ exp(min_i Q_i(s, a))."""
     state, obs, keys = acting(algorithm)
     mean = jax.vmap(jax.vmap(lambda policy, obs: policy(obs), (None, 0)))(state.policy, obs)
-    np.testing.assert_allclose(algorithm.act(state, obs, keys, 0, make_args(algorithm)), mean, atol=1e-6)
+    np.testing.assert_allclose(algorithm.act(state, obs, keys, 0, make_args(algorithm)), mean, **CLOSE)
     if algorithm is bc:  # no critics
         return
     args = make_args(algorithm, num_eval_actions=5)
@@ -439,7 +444,7 @@ def test_a_feed_forward_policy_acts_by_its_mean_or_by_energy_based_selection_aro
     distance = np.abs(options - action[:, :, None]).max(axis=3)
     assert distance.min(axis=2).max() < 1e-5
     chosen_q = np.take_along_axis(q, distance.argmin(axis=2)[..., None], axis=2)[..., 0]
-    np.testing.assert_allclose(chosen_q, q.max(axis=2), atol=1e-4)
+    np.testing.assert_allclose(chosen_q, q.max(axis=2), **CLOSE)
     assert np.mean(q.max(axis=2) - q.mean(axis=2)) > 1e-3
     assert np.abs(action - mean).max() > 0.1
 
