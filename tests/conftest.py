@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from helpers import quickly
 
+from common.diffusion import make_schedule
 from common.harness import pointmaze
 
 ROOT = Path(__file__).parents[1]
@@ -74,9 +75,15 @@ def sandbox(tmp_path_factory):
 
 @pytest.fixture
 def float64():
-    """All that a test computes with JAX, as it does by default elsewhere, is computed in float64."""
+    """All that a test computes with JAX, as it does by default elsewhere, is computed in float64.
+
+    JAX converts a NumPy array that many calls use once, and has float32 of it in float64 programs, too, and the other
+    way round. The schedules, which live as long as the process, are made anew.
+    """
+    make_schedule.cache_clear()
     with jax.enable_x64(True):
         yield
+    make_schedule.cache_clear()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 Each test writes an equation down once more, in NumPy with the schedule from its definition; networks are evaluated by
 JAX and random numbers drawn alike. Where a gradient matters, the loss is written down with the numbers held constant
-that should be. All is float64, where rounding is 1e-16 times what a chain of steps magnifies it by: 1e-7 is far from
+that should be. All is float64, where rounding is 1e-16 times what a chain of steps magnifies it by: 1e-9 is far from
 that on every processor, and from any error in an equation. Networks have one hidden layer, for no equation depends on
 their depth. A function that several files share (test_siblings.py compares their text) is tested in the first of them.
 test_reference.py holds the same functions, with the paper's networks, against the authors' own numbers.
@@ -47,7 +47,7 @@ def value_and_grad(loss, argnums=0):
     return jax.jit(jax.value_and_grad(loss, argnums, has_aux=True))
 
 
-def close(result, expected, tolerance=1e-7):
+def close(result, expected, tolerance=1e-9):
     """Each array within `tolerance` of its largest entry."""
     for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())

@@ -34,7 +34,7 @@ SMALL |= {"num_diffusion_steps": 50, "num_solver_calls": 2, "solver_order": 1, "
 SMALL |= {"max_grad_norm": 0.01}  # every gradient here is larger
 SMALL |= {"init_noise_scale": 0.001}  # of untrained networks: with 1, every action is clipped to a corner
 pytestmark = pytest.mark.usefixtures("float64", "quick_networks")
-CLOSE = {"rtol": 1e-7, "atol": 1e-7}
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def over(*modules):
