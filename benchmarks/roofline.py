@@ -9,8 +9,8 @@ adds to benchmarks/results/speed-<name>.json, as speed.py, whose measuring it sh
               float32 products, timed in turn with the repeats, as a share of what the update takes. XLA counts the
               operations, some 3 % of them elementwise. Of a chain of DDPM it counts one step: not measured here
     parts     of an update of edp_td3bc, each timed in a loop of its own; the rest draws the batch, moves the weights
-    startup   on a million antmaze-like steps, with an empty and a full cache: seconds to load them, from Minari's file
-              or flat, and then from the command to the first update, with programs to compile or compiled
+    startup   on a million antmaze-like steps: seconds to load them, and from the command to the first update, with
+              programs to compile and then compiled
 """
 
 import sys
@@ -146,20 +146,20 @@ print(time.perf_counter() - start, re.search("VmHWM:\s*(.*) kB", Path("/proc/sel
 
 
 def startup(args: Args) -> Iterator[tuple[str, dict]]:
-    """In new processes, with datasets and caches in a temporary folder."""
+    """In new processes, with datasets and compiled programs in a temporary folder."""
     speed.print_line("", "seconds", "peak MB")
     with tempfile.TemporaryDirectory() as folder:
         places = {"MINARI_DATASETS_PATH": folder, "XDG_CACHE_HOME": f"{folder}/cache", "PYTHONPATH": str(ROOT)}
         with patch.dict(os.environ, places):
             write_dataset(STARTUP_STEPS)
-            for cache in ("empty", "full"):
-                output = subprocess.run([sys.executable, "-c", LOAD], check=True, capture_output=True).stdout
-                seconds, kilobytes = map(float, output.split()[-2:])
-                speed.print_line(f"load, {cache} cache", seconds, 1024 * kilobytes / 1e6)
-                yield f"load, {cache} cache", {"seconds": seconds, "peak_bytes": 1024 * kilobytes}
-                seconds = seconds_to_first_update(Path(folder, cache))
-                speed.print_line(f"first update, {cache} cache", seconds)
-                yield f"first update, {cache} cache", {"seconds": seconds}
+            output = subprocess.run([sys.executable, "-c", LOAD], check=True, capture_output=True).stdout
+            seconds, kilobytes = map(float, output.split()[-2:])
+            speed.print_line("load", seconds, 1024 * kilobytes / 1e6)
+            yield "load", {"seconds": seconds, "peak_bytes": 1024 * kilobytes}
+            for before in ("nothing compiled", "all compiled"):
+                seconds = seconds_to_first_update(Path(folder, before))
+                speed.print_line(f"first update, {before}", seconds)
+                yield f"first update, {before}", {"seconds": seconds}
 
 
 def write_dataset(num_steps: int) -> None:

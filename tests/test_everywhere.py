@@ -28,7 +28,7 @@ ENVIRONMENTS = {
         "XLA_FLAGS": "--xla_cpu_enable_fast_math=true --xla_force_host_platform_device_count=2",
     },
 }
-ON_CORES = "import os, runpy, sys; os.sched_setaffinity(0, eval(sys.argv.pop(1))); runpy.run_module('pytest')"
+ON_CORES = "import os, pytest, sys; os.sched_setaffinity(0, eval(sys.argv[1])); sys.exit(pytest.main(sys.argv[2:]))"
 
 
 @pytest.mark.slow
@@ -39,4 +39,4 @@ def test_numbers_are_far_from_their_tolerances(name):
     command = [sys.executable, "-c", ON_CORES, str(set(cores)), "-m", "not slow", "-q", "-p", "no:xdist", *files]
     env = os.environ | {"EDP_TEST_TIGHTER": "3"} | ENVIRONMENTS[name]
     done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:]
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:] + done.stderr

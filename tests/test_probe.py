@@ -69,14 +69,14 @@ def test_policy_learns_the_mode_that_pays(algorithm, flags):
 
 
 @over(*FEED_FORWARD, case(bc, slow=False))
-def test_where_both_modes_pay_a_feed_forward_policy_acts_between_them(algorithm, flags):
+def test_where_both_modes_pay_a_feed_forward_policy_acts_between_them(algorithm, flags, quick_networks):
     """As nobody did in the data: the two modes are a single mean's two halves."""
     _, act = train(algorithm, flags, both_pay=True)
     assert np.mean(np.abs(act()) < 0.3) > 0.95
 
 
 @over(case(edp_td3bc), case(bc, slow=False, policy="diffusion"))
-def test_where_both_modes_pay_a_diffusion_policy_acts_in_them(algorithm, flags):
+def test_where_both_modes_pay_a_diffusion_policy_acts_in_them(algorithm, flags, quick_compilation):
     """In either, where all of the feed-forward policies fail."""
     action = train(algorithm, flags, both_pay=True)[1]()
     assert min(np.mean(np.abs(action - mode) < 0.3) for mode in (0.6, -0.6)) > 0.3
