@@ -70,8 +70,8 @@ class Args:
     # Evaluation
     eval_every: Positive[int] | None = None
     """updates between evaluations: 10,000; in pointmaze 1,000, in bandit 100, in OGBench 100,000"""
-    eval_episodes: Positive[int] | None = None
-    """episodes of each evaluation, for each seed: 10; in mazes and bandit 100, in OGBench 50"""
+    eval_episodes: NonNegative[int] | None = None
+    """episodes of each evaluation, for each seed: 10; in mazes and bandit 100, in OGBench 50; 0: diagnostics instead"""
     num_eval_actions: Positive[int] = 1  # N of energy-based action selection (Alg. 2); 1 is the policy's mean
 
     # Optimisation
@@ -228,7 +228,7 @@ def train(args: Args) -> dict:
     dataset, behaviour = load_dataset(task, args.reward_rule)
     mean, std = (behaviour.obs_mean, behaviour.obs_std) if args.normalize_obs else (0, 1)
     dataset = dataset._replace(obs=(dataset.obs - mean) / std, next_obs=(dataset.next_obs - mean) / std)
-    with Run(__file__, args, task, behaviour) as run:
+    with Run(__file__, args, task, behaviour, act) as run:
         dataset, obs_dim, act_dim = run.to_devices(dataset), dataset.obs.shape[1], dataset.action.shape[1]
         init = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))
         state, start = run.restore(init(run.init_keys))
@@ -236,7 +236,7 @@ def train(args: Args) -> dict:
             if update > start:
                 state, metrics = train_chunk(state, update, run.train_keys, dataset, args, run.chunk)
                 run.save(update, state, metrics)
-            run.evaluate(update, lambda obs, keys, step: act(state, (obs - mean) / std, keys, step, args))
+            run.evaluate(update, state)
         return run.finish()
 
 

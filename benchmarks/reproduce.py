@@ -168,7 +168,8 @@ def local_dataset(task: str) -> str | None:
 # Arguments that decide no number, or only through others and the data, which are in the key themselves.
 NO_KEY = {"env_id", "dataset_id", "dataset_path", "preset", "trust", "exp_name", "run_dir", "track", "capture_video"}
 NO_KEY |= {"resume", "checkpoint_every"}
-NO_CODE = {"checkpoint", "flags", "plots", "process", "recorder", "records", "run"}  # of the harness, what decides none
+NO_CODE = {"checkpoint", "flags", "offline", "plots", "process", "recorder"}  # of the harness, what decides none
+NO_CODE |= {"records", "run"}
 
 
 @functools.cache

@@ -48,7 +48,7 @@ def pytest_configure(config):
     if jax.__version_info__ < (0, 11) and "EDP_TEST_XLA_FLAGS" not in os.environ:
         os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
     # A local dataset for a test needs no author, licence or permalink; Minari warns of each that is missing.
-    config.addinivalue_line("filterwarnings", "ignore:`.*` is set to None:UserWarning")
+    config.addinivalue_line("filterwarnings", "ignore:(`.*` is set to|env_spec is) None:UserWarning")
 
 
 @pytest.fixture(scope="session", autouse=True)

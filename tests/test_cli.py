@@ -177,15 +177,15 @@ def begin(folder: Path | None, **changes) -> Run:
     """The record of a tiny run on hopper-medium that has not done anything yet."""
     behaviour = Behaviour({"behaviour_score": 0.0}, np.array([1]), np.zeros(1), np.zeros(11), np.ones(11), [])
     args = edp_td3bc.Args(**TINY | changes, run_dir=folder and str(folder))
-    return Run("algorithms/edp_td3bc.py", args, TASKS["hopper-medium"], behaviour)
+    return Run("algorithms/edp_td3bc.py", args, TASKS["hopper-medium"], behaviour, edp_td3bc.act)
 
 
 def test_divergence_is_traced_to_its_update_and_seed(tmp_path, exit_sentence):
     losses = np.ones((10, 2), np.float32)  # (updates, seeds)
     with begin(tmp_path / "run", seed=5) as run:
-        run.recorder.metrics(10, {"policy_loss": losses})
+        run.recorder.metrics(10, {"policy_loss": losses}, {})
         losses[3, 1] = np.nan
-        sentence = exit_sentence(run.recorder.metrics, 20, {"policy_loss": losses})
+        sentence = exit_sentence(run.recorder.metrics, 20, {"policy_loss": losses}, {})
     assert "policy_loss is nan at update 14 of seed 6" in sentence
     assert [row["update"] + row["seed"] for row in rows_of(tmp_path / "run" / "metrics.csv")] == ["105", "106"]
 
@@ -278,7 +278,7 @@ def test_each_seed_is_tracked_by_a_run_of_its_own_which_resume_goes_on_with(tmp_
     ids = []
     for change in {}, {"resume": str(tmp_path / "run")}:
         with begin(tmp_path / "run", seed=5, track=True, **change) as run:
-            run.recorder.metrics(10, {"policy_loss": np.array([[1.0, 2.0]])})
+            run.recorder.metrics(10, {"policy_loss": np.array([[1.0, 2.0]])}, {})
             ids.append([tracker.id for tracker in run.recorder.trackers])
             for tracker, seed, loss in zip(run.recorder.trackers, (5, 6), (1, 2), strict=True):
                 assert (tracker.project, tracker.entity, tracker.group) == ("mine", "us", "run")
@@ -335,7 +335,7 @@ def test_no_number_may_be_negative_and_no_count_0(algorithm, exit_sentence):
     args_class = module_of(algorithm).Args
     for name, hint in get_type_hints(args_class).items():
         kinds = {hint, *getattr(hint, "__args__", ())}
-        values = {int: -1, float: -0.1} | ({int: 0} if name.startswith(("num_", "eval_", "batch_")) else {})
+        values = {int: -1, float: -0.1} | ({int: 0} if name.startswith(("num_", "eval_every", "batch_")) else {})
         for kind in kinds & {int, float}:
             with contextlib.suppress(ValueError):  # an impossible diffusion
                 flag = "--" + name.replace("_", "-")

@@ -36,6 +36,7 @@ PAIRS = sorted(path.stem for path in (ROOT / "docs" / "side-by-side").glob("*-*.
 NOT_RUN = {  # and why
     "python minimal/edp.py": "test_minimal.py runs it, slow",
     "python minimal/edp.py D4RL/pen/expert-v2 --updates 10000": "downloads; test_minimal.py runs it on local data",
+    **dict.fromkeys(("python make_logs.py", "python make_dataset.py", "python act.py"), "test_offline.py runs them"),
     "python benchmarks/bandit.py": "trains for a minute to draw; test_bandit and the notebook train the same",
     "python3 -m venv .venv && source .venv/bin/activate": "sets up an environment, as `make test` did for this one",
     "pip install -r requirements-dev.txt && python -m pytest -m 'not slow' -n 2 --dist worksteal": "these very tests",

@@ -59,7 +59,7 @@ def test_the_harness_knows_no_algorithm_and_has_four_floors():
     assert not any(name.startswith("algorithms") for module in modules for name in imports_of(FILES[module]))
     floors = (
         ("checkpoint", "devices", "flags", "plots", "process", "records", "tasks"),
-        ("bandit", "d4rl", "environments", "recorder"),
+        ("bandit", "d4rl", "environments", "offline", "recorder"),
         ("ogbench", "pointmaze", "recorded", "run"),
         ("datasets",),
     )

@@ -25,7 +25,8 @@ def begin(folder: Path | None, **changes) -> Run:
     """The record of a tiny run on hopper-medium that has not done anything yet."""
     behaviour = Behaviour({"behaviour_score": 0.0}, np.array([1]), np.zeros(1), np.zeros(11), np.ones(11), [])
     common = {name: value for name, value in TINY.items() if hasattr(bc.Args, name)}
-    return Run("bc.py", bc.Args(**common | changes, run_dir=folder and str(folder)), TASKS["hopper-medium"], behaviour)
+    args = bc.Args(**common | changes, run_dir=folder and str(folder))
+    return Run("bc.py", args, TASKS["hopper-medium"], behaviour, bc.act)
 
 
 def test_a_run_whose_folder_was_moved_away_leaves_the_one_in_its_place_alone(tmp_path, exit_sentence):

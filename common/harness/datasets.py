@@ -25,11 +25,10 @@ from common.harness.devices import set_up_jax
 from common.harness.environments import cell_centre, check_camera, check_environment, observation_parts, quietly
 from common.harness.flags import check_flags
 from common.harness.recorded import check_metadata, check_recorded, task_of_dataset
-from common.harness.records import Behaviour, Dataset, numbers, printable, reason_of
+from common.harness.records import ACTION_LIMIT, Behaviour, Dataset, numbers, printable, reason_of
 from common.harness.run import resumed
 from common.harness.tasks import Environment, RewardRule, Task, find_task, normalized_score
 
-ACTION_LIMIT = 0.999  # dataset actions are clipped to this, as in the official code
 LARGEST = 1e10  # of any number in the data: its square is still far from float32's end
 FARTHEST = 10  # times its bounds an action may be; D4RL's own data leave them, but not so far
 
@@ -45,9 +44,15 @@ def setup(args, iql: bool = False):
     if args.dataset_path is not None:
         args = dataclasses.replace(args, dataset_path=str(Path(args.dataset_path).expanduser().absolute()))
     task = resolve_task(args.env_id, args.dataset_id, args.dataset_path, args.trust)
-    if args.capture_video:
-        check_camera(task.environment)
-    return tasks.with_domain_defaults(args, task.environment.domain, iql), task
+    args = tasks.with_domain_defaults(args, task.environment.domain, iql)
+    if args.capture_video or args.eval_episodes:
+        if not task.is_played:
+            raise SystemExit(
+                f"Dataset {task.data} names no environment: leave --eval-episodes and --capture-video out."
+            )
+        if args.capture_video:
+            check_camera(task.environment)
+    return args, task._replace(is_played=args.eval_episodes > 0)
 
 
 # ------------------------------------------------------------------------------------------------------- finding
@@ -247,7 +252,8 @@ def load_dataset(task: Task, reward_rule: RewardRule) -> tuple[Dataset, Behaviou
     dataset, ends = relabel(*read_transitions(task), environment)
     name = f"Dataset {task.data}" if task.dataset_ids else f"The file {task.file}"
     starts = np.append(0, ends[:-1])
-    check_environment(name, environment, dataset.obs[starts], low, high, dataset.action.shape[1:])
+    if task.is_played:
+        check_environment(name, environment, dataset.obs[starts], low, high, dataset.action.shape[1:])
     action = 2 * (dataset.action - low) / (high - low) - 1
     if (farthest := np.abs(action).max()) > FARTHEST:
         raise SystemExit(f"{name} has actions up to {farthest:.3g} times as large as its action space allows.")
@@ -257,7 +263,6 @@ def load_dataset(task: Task, reward_rule: RewardRule) -> tuple[Dataset, Behaviou
 
     returns = behaviour_returns(dataset, ends, environment)
     scores = normalized_score(environment, returns)
-    mean, std = (f(dataset.obs, axis=0, dtype=np.float64).astype(np.float32) for f in (np.mean, np.std))
     statistics = {
         "dataset": task.data,
         "transitions": len(dataset.reward),
@@ -277,7 +282,24 @@ def load_dataset(task: Task, reward_rule: RewardRule) -> tuple[Dataset, Behaviou
         action=np.clip(action, -ACTION_LIMIT, ACTION_LIMIT),
         reward=shape_reward(dataset.reward, recorded_returns, reward_rule),
     )
-    return dataset, Behaviour(statistics, ends, scores, mean, std + np.float32(1e-3), paths)
+    held_back = None
+    if not task.is_played:
+        held, lengths = held_back_episodes(len(ends)), np.diff(ends, prepend=0)
+        (dataset, ends), held_back = (
+            (Dataset(*(array[np.repeat(chosen, lengths)] for array in dataset)), np.cumsum(lengths[chosen]))
+            for chosen in (~held, held)
+        )
+        scores = scores[~held]
+        print(f"No policy is evaluated: {held.sum()} episodes are held back, on which it is diagnosed.")
+    mean, std = (f(dataset.obs, axis=0, dtype=np.float64).astype(np.float32) for f in (np.mean, np.std))
+    return dataset, Behaviour(statistics, ends, scores, mean, std + np.float32(1e-3), paths, held_back)
+
+
+def held_back_episodes(num: int) -> np.ndarray:
+    """(num,) bools: a tenth of the episodes, at least one, drawn by chance, always the same. Exits if none is left."""
+    if num < 2:
+        raise SystemExit("One of the episodes is held back to see what was learned; these data have no other.")
+    return np.random.default_rng(0).permutation(num) < max(1, num // 10)
 
 
 def relabel(dataset: Dataset, ends: np.ndarray, environment: Environment) -> tuple[Dataset, np.ndarray]:

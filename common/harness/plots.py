@@ -29,6 +29,21 @@ def learning_curve(
     return figure
 
 
+def diagnostic_curves(updates: Sequence[float], values: dict[str, np.ndarray], title: str) -> Figure:
+    """Diagnostics, (times, seeds) by name, against updates: two to a panel, every seed and their mean."""
+    names = list(values)
+    figure = Figure(figsize=(7, 2.2 * len(names) / 2), layout="constrained")
+    panels = figure.subplots(len(names) // 2, sharex=True, squeeze=False)[:, 0]
+    for i, name in enumerate(names):
+        color = f"C{i % 2}"
+        panels[i // 2].plot(updates, values[name], color=color, alpha=0.3)
+        panels[i // 2].plot(updates, values[name].mean(axis=1), ".-", color=color, label=name)
+        panels[i // 2].legend(fontsize="small")
+    panels[0].set_title(title)
+    panels[-1].set_xlabel("updates")
+    return figure
+
+
 def maze_paths(
     maze: Any,
     cells: Sequence[tuple[int, int]],

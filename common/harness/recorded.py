@@ -15,7 +15,7 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from common.harness.environments import quietly
 from common.harness.records import printable
-from common.harness.tasks import OTHER, TASKS, Environment, Task
+from common.harness.tasks import LOGS, OTHER, TASKS, Environment, Task
 
 TRUSTED = ("gymnasium", "gymnasium_robotics", "ogbench")
 MAX_STEPS = 10_000  # a longer episode is one to record in: its evaluation would not end
@@ -79,7 +79,7 @@ def task_of_dataset(dataset_id: str, spec: EnvSpec | None, eval_spec: EnvSpec | 
 
     The table's protocol is for its own datasets, and for environments of a name and version in the table whose options
     change nothing that is observed, done or paid. Others are evaluated as recorded, with raw returns, and this is
-    printed. Exits if the dataset names no environment.
+    printed. A dataset that names no environment is not played.
     """
     task_name, name = dataset_id.replace("/", "-"), f"Dataset {dataset_id}"
     newest = dataset_id.replace("-v1", "-v2") if dataset_id.startswith("D4RL/antmaze/") else dataset_id
@@ -88,7 +88,7 @@ def task_of_dataset(dataset_id: str, spec: EnvSpec | None, eval_spec: EnvSpec | 
         check_recorded(name, spec, known)
         return Task(task_name, known, (dataset_id,))
     if spec is None and eval_spec is None:
-        raise SystemExit(f"{name} does not say which environment it was made in, so no policy can be evaluated.")
+        return Task(task_name, Environment(LOGS, None, 2**31), (dataset_id,), is_played=False)
     known = _protocol_of(_without_onlookers(spec or eval_spec))
     if known is None:
         spec = _without_onlookers(eval_spec or spec)

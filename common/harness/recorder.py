@@ -16,7 +16,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from common.harness.checkpoint import write_atomically
-from common.harness.records import Behaviour, Episodes, reason_of
+from common.harness.records import DIAGNOSTICS, Behaviour, Episodes, reason_of
 from common.harness.tasks import GOAL_RADIUS, Task, normalized_score
 
 RAT_WINDOW = 10  # evaluations in the running average at training
@@ -76,7 +76,8 @@ class Recorder:
         self.scores = {n: normalized_score(self.task.environment, of).mean(axis=1) for n, of in whole.items()}
         if update not in whole:  # was not played to its end, and will be
             tables["eval"] = [(number, row) for number, row in tables["eval"] if number != update]
-        missing = len(range(self.args.eval_every, update, self.args.eval_every)) - len(whole.keys() - {update})
+        played = len(range(self.args.eval_every, update, self.args.eval_every)) if num else 0
+        missing = played - len(whole.keys() - {update})
         damaged = sum(number is None for number, _ in tables["metrics"])
         for name, count, what in (("eval", missing, "evaluation(s)"), ("metrics", damaged, "row(s)")):
             if count > 0:
@@ -97,8 +98,13 @@ class Recorder:
         self.bar = tqdm(total=self.args.num_updates, **bar)
         self.bar.set_postfix_str(f"compiling, then {chunk} updates" if update < self.args.num_updates else "")
 
-    def metrics(self, update: int, metrics: dict[str, Float[np.ndarray, "updates seeds"]]) -> None:
-        """Records a chunk's metrics by their means. Exits if one is not finite."""
+    def metrics(
+        self,
+        update: int,
+        metrics: dict[str, Float[np.ndarray, "updates seeds"]],
+        diagnostics: dict[str, Float[np.ndarray, " seeds"]],
+    ) -> None:
+        """Records a chunk's metrics by their means, and diagnostics after it. Exits if a metric is not finite."""
         for name, value in metrics.items():
             if not np.isfinite(value).all():
                 index, seed = np.argwhere(~np.isfinite(value))[0]
@@ -114,12 +120,18 @@ class Recorder:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(update - self.bar.n)
         rate = self.bar.format_dict["rate"] or update / max(self.bar.format_dict["elapsed"], 1e-9)
-        heading = [["update", "seed", "updates_per_second", *means]] if self.files["metrics"].tell() == 0 else []
-        rows = zip(self.seeds, zip(*means.values()))
+        names = "update", "seed", "updates_per_second", *means, *diagnostics
+        heading = [names] if self.files["metrics"].tell() == 0 else []
+        rows = zip(self.seeds, zip(*means.values(), *diagnostics.values()))
         rows = [[update, seed, f"{rate:.4g}", *(f"{mean:.6g}" for mean in of_seed)] for seed, of_seed in rows]
         scalars = {f"train/{name}": mean for name, mean in means.items()}
         scalars["charts/updates_per_second"] = np.full(len(self.seeds), rate)
+        diagnostics = {name: of for name, of in diagnostics.items() if not np.isnan(of).any()}
+        scalars |= {f"held_back/{name}": of for name, of in diagnostics.items()}
         self._write("metrics", heading + rows, update, scalars)
+        if diagnostics:
+            shown = (f"{name} {of.mean():.3g}" for name, of in diagnostics.items() if name not in DIAGNOSTICS["value"])
+            self.bar.write(f"update {update}: {', '.join(shown)}")
 
     def evaluation(self, update: int, episodes: Episodes) -> None:
         """Records every raw return."""
@@ -171,29 +183,43 @@ class Recorder:
             title = f"{self.algorithm} on {self.task.env_id}: {results}"
             scores, score = np.array(list(self.scores.values())), self.behaviour.statistics["behaviour_score"]
             self._draw("learning_curve", "learning_curve", [*self.scores], scores, self.seeds, score, title, self.unit)
+        elif found := self.diagnostics():
+            title = f"{self.algorithm} on {self.task.env_id}, episodes that were held back"
+            self._draw("learning_curve", "diagnostic_curves", [*found.pop("update")[:, 0]], found, title)
         for tracker in self.trackers:
             tracker.finish()
 
+    def diagnostics(self) -> dict[str, Float[np.ndarray, "diagnosed seeds"]]:
+        """Those of metrics.csv, and their updates; {} if there are none."""
+        with open(self.folder / "metrics.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("action_distance", "nan") != "nan"]
+        names = [name for of_field in DIAGNOSTICS.values() for name in of_field if rows and name in rows[0]]
+        values = {name: [float(row[name]) for row in rows] for name in ("update", *names)}
+        return {name: np.reshape(of, (-1, len(self.seeds))) for name, of in values.items() if rows}
+
     def results(self) -> dict[str, np.ndarray]:
-        """The last score, the best evaluation (OMS) and the mean of the last ten (RAT) of every seed."""
+        """The last score, the best evaluation (OMS) and the mean of the last ten (RAT), or diagnostics, by seed."""
+        if not self.scores:
+            return {name: of[-1] for name, of in self.diagnostics().items() if name != "update"}
         scores = np.array(list(self.scores.values()))
         return {"last": scores[-1], "OMS": scores.max(axis=0), "RAT": scores[-RAT_WINDOW:].mean(axis=0)}
 
     def print_table(self) -> None:
         """The final one."""
         window = min(RAT_WINDOW, len(self.scores))
-        labels = f"last {self.unit}", "OMS (best evaluation)", f"RAT (mean of the last {window})"
+        labels = {"last": f"last {self.unit}", "OMS": "OMS (best evaluation)"}
+        labels["RAT"] = f"RAT (mean of the last {window})"
         self.bar.close()
-        print(f"\n{self.algorithm} on {self.task.env_id}, {max(self.scores)} updates, {len(self.seeds)} seed(s)")
-        for label, values in zip(labels, self.results().values()):
-            print(f"  {label:<28} {mean_and_deviation(values)}")
+        print(f"\n{self.algorithm} on {self.task.env_id}, {self.args.num_updates} updates, {len(self.seeds)} seed(s)")
+        for name, values in self.results().items():
+            print(f"  {labels.get(name, name):<28} {mean_and_deviation(values, '.1f' if self.scores else '.3g')}")
         print(f"  {'behaviour':<28} {self.behaviour.statistics['behaviour_score']:.1f}")
         print(f"  {'files':<28} {self.folder}/")
 
 
-def mean_and_deviation(values: np.ndarray) -> str:
+def mean_and_deviation(values: np.ndarray, form: str = ".1f") -> str:
     """Of the (seeds,) results: "mean +- deviation", for one seed the value alone."""
-    return f"{values.mean():.1f}" + (f" +- {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+    return f"{values.mean():{form}}" + (f" +- {values.std(ddof=1):{form}}" if len(values) > 1 else "")
 
 
 def _read_table(file: Path, last: int) -> list[tuple[int | None, str]]:

@@ -6,6 +6,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
+ACTION_LIMIT = 0.999  # dataset actions are clipped to this, as in the official code
+DIAGNOSTICS = {  # of offline.py, by the field of the training state that they need
+    "critics": ("q_policy", "q_data"),
+    "policy": ("action_distance", "nearest_distance", "bounds_policy", "bounds_data"),
+    "value": ("value_bias", "value_correlation"),
+}
 Loss = tuple[Float[Array, ""], dict[str, Any]]  # a loss, and metrics by name
 
 
@@ -51,6 +57,7 @@ class Behaviour(NamedTuple):
     obs_mean: np.ndarray  # (obs_dim,)
     obs_std: np.ndarray  # (obs_dim,), plus 1e-3 as in TD3+BC: coordinates that never change stay finite
     paths: list[np.ndarray]  # mazes only: (x, y) along some episodes
+    held_back: tuple[Dataset, np.ndarray] | None = None  # without evaluation: other episodes, and their ends
 
 
 class Episodes(NamedTuple):

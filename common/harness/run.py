@@ -39,7 +39,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from common.harness import process
+from common.harness import offline, process
 from common.harness.checkpoint import (
     CheckpointError,
     checkpoints,
@@ -66,14 +66,19 @@ class Run:
 
     to_devices = staticmethod(to_devices)
 
-    def __init__(self, script: str, args, task: Task, behaviour: Behaviour):
-        self.args, algorithm = args, Path(script).stem
+    def __init__(self, script: str, args, task: Task, behaviour: Behaviour, act: Callable[..., Array]):
+        self.args, self.act, algorithm = args, act, Path(script).stem
         wandb = import_wandb(args.num_seeds) if args.track else None  # before there is a folder
         seeds = list(range(args.seed, args.seed + args.num_seeds))
         self.init_keys, self.train_keys, self.act_keys = seed_keys(seeds, 3)
         # one length for all chunks, compiled once: a divisor of the evaluation interval that gives signs of life
         divisors = (n for n in range(MAX_CHUNK, MIN_CHUNK, -1) if args.eval_every % n == 0)
         self.chunk = next(divisors, args.eval_every)
+        self.mean, self.std = (behaviour.obs_mean, behaviour.obs_std) if args.normalize_obs else (0, 1)
+        if behaviour.held_back:
+            held, ends = behaviour.held_back
+            held = held._replace(obs=(held.obs - self.mean) / self.std, next_obs=(held.next_obs - self.mean) / self.std)
+            self.held = offline.held_back_states(held, ends, getattr(args, "gamma", 1.0))
         self.needed_space = MIN_SPACE
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.header = {
@@ -193,9 +198,15 @@ class Run:
 
     def save(self, update: int, state, metrics: dict[str, Float[Array, "updates seeds"]]) -> None:
         """Records a chunk. Saves before an evaluation, every --checkpoint-every minutes, and when a signal waits."""
+        before_evaluation, found = update % self.args.eval_every == 0, {}
+        if not self.args.eval_episodes:
+            found = dict.fromkeys(offline.columns(state), np.full(self.args.num_seeds, np.nan))
+            if before_evaluation:
+                act = lambda obs, keys: self.act(state, obs, keys, 0, self.args)
+                keys = self.episode_keys(update, (offline.NUM_SAMPLES, len(self.held.obs)))
+                found = offline.diagnose(state, act, self.held, keys)
         with self._writing():
-            self.recorder.metrics(update, {name: np.asarray(value) for name, value in metrics.items()})
-        before_evaluation = update % self.args.eval_every == 0
+            self.recorder.metrics(update, {name: np.asarray(value) for name, value in metrics.items()}, found)
         if before_evaluation or process.received or time.monotonic() > self.saved_at + 60 * self.args.checkpoint_every:
             try:
                 with self._writing():
@@ -207,29 +218,28 @@ class Run:
             process.waiting = False
             if process.received:
                 sys.exit(128 + process.received[0])
-            process.waiting = not before_evaluation
+            process.waiting = not self._evaluation_due(update)
 
     def _evaluation_due(self, update: int) -> bool:
-        return update > 0 and update % self.args.eval_every == 0 and update not in self.recorder.scores
+        is_time = update > 0 and update % self.args.eval_every == 0
+        return is_time and self.args.eval_episodes > 0 and update not in self.recorder.scores
 
-    def episode_keys(self, update: int) -> Key[Array, "seeds episodes"]:
-        """A key for every episode of the evaluation after an update."""
-        split = lambda key: jax.random.split(jax.random.fold_in(key, update), self.args.eval_episodes)
+    def episode_keys(self, update: int, shape: tuple[int, ...] | None = None) -> Key[Array, "seeds ..."]:
+        """A key for every episode of the evaluation after an update; or as many as `shape` says."""
+        split = lambda key: jax.random.split(jax.random.fold_in(key, update), shape or self.args.eval_episodes)
         return jax.vmap(split)(self.act_keys)
 
-    def evaluate(self, update: int, policy: Callable[..., Array]) -> None:
-        """Plays and records the evaluation that is due after an update, if one is.
-
-        `policy(obs, keys, step)` maps (seeds, copies, obs_dim) at a step of as many episodes to actions in [-1, 1].
-        """
+    def evaluate(self, update: int, state) -> None:
+        """Plays and records the evaluation that is due after an update, if one is."""
         if self._evaluation_due(update):
+            policy = lambda obs, keys, step: self.act(state, (obs - self.mean) / self.std, keys, step, self.args)
             episodes = self.evaluator(policy, self.episode_keys(update), update)
             with self._writing():
                 self.recorder.evaluation(update, episodes)
             process.waiting = True
 
     def finish(self) -> dict[str, np.ndarray]:
-        """Prints the final table; returns the last score, OMS and RAT of each seed."""
+        """Prints the final table; returns the last score, OMS and RAT, or the last diagnostics, of each seed."""
         self.recorder.print_table()
         return self.recorder.results()
 

@@ -52,13 +52,14 @@ BANDIT = POINTMAZE._replace(
     name="bandit", learning_rate=3e-3, iql_reward_rule="cql_antmaze", num_updates=400, eval_every=100
 )
 OTHER = LOCOMOTION._replace(name="other", iql_reward_rule="none")
+LOGS = OTHER._replace(name="logs", eval_episodes=0)  # data that name no environment
 
 
 class Environment(NamedTuple):
     """An evaluation environment and D4RL's protocol for it."""
 
     domain: Domain
-    gym_id: str | EnvSpec  # the spec, for an environment outside the table
+    gym_id: str | EnvSpec | None  # the spec, for an environment outside the table; None of logs that name none
     max_steps: int  # of an episode
     reference: tuple[float, float] | None = None  # returns that score 0 and 100
     kwargs: dict[str, Any] = {}
@@ -127,6 +128,7 @@ class Task(NamedTuple):
     environment: Environment
     dataset_ids: tuple[str, ...] = ()
     file: Path | None = None  # D4RL's or OGBench's
+    is_played: bool = True  # policies are evaluated; else a tenth of the episodes is held back for diagnostics
 
     @property
     def data(self) -> str:
