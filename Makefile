@@ -4,8 +4,8 @@ VENV := .venv/bin
 
 .PHONY: demo test test-slow lint docs figures clean
 
-demo: .venv/requirements.installed  ## learn pointmaze-umaze with EDP + IQL: no download, a minute and a half on two cores
-	$(VENV)/python algorithms/edp_iql.py --env-id pointmaze-umaze --num-updates 2000
+demo: .venv/requirements.installed  ## learn pointmaze-umaze with EDP + IQL: no download, two to three minutes on two cores
+	$(VENV)/python algorithms/edp_iql.py --num-updates 2000 --eval-every 200 --eval-episodes 20
 
 test: .venv/requirements-dev.installed  ## everything but the learning tests that take minutes
 	$(VENV)/python -m pytest -m "not slow" -n 2 --dist worksteal

@@ -41,7 +41,7 @@ from common.networks import GaussianPolicy, NoisePredictor
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Args:
-    """Flags whose default is None take the value that their text names; all are shown at the start of the run."""
+    """Flags whose default is None take the value that their text names; what a run used is in its args.json."""
 
     # Experiment
     exp_name: str = Path(__file__).stem  # the run's name in its folder's
@@ -53,7 +53,7 @@ class Args:
     """packages, a,b,..., whose code the data may run as their environment, beside Gymnasium's and OGBench's"""
     preset: Preset | None = None
     """settings: paper; in pointmaze and bandit fast, for some thousands of updates (README, "Short of compute?")"""
-    normalize_obs: bool = False  # standardise observations by the dataset's mean and deviation
+    normalize_obs: bool = False  # standardise observations by the dataset's mean and deviation; preset fast: True
     seed: NonNegative[int] = 0  # the first seed; a run is a function of (seed, update)
     num_seeds: Positive[int] = 1  # seeds trained together in one program: seed, seed + 1, ...
     resume: str | None = None  # go on with the run in this folder; --num-updates may be larger than it was
@@ -66,7 +66,7 @@ class Args:
     eval_every: Positive[int] | None = None
     """updates between evaluations: 10,000; in pointmaze 1,000, in bandit 100, in OGBench 100,000"""
     eval_episodes: NonNegative[int] | None = None
-    """episodes of each evaluation, for each seed: 10; in mazes and bandit 100, in OGBench 50; 0: diagnostics instead"""
+    """episodes of each evaluation, for each seed: 10; in mazes and bandit 100, in OGBench 50, in logs 0 (diagnosed)"""
     policy_temperature: NonNegative[float] = 1.0  # scales the predicted noise when acting (C.4)
     init_noise_scale: NonNegative[float] = 1.0  # scales the initial noise a^K when acting (C.4)
 
@@ -75,13 +75,13 @@ class Args:
     """updates: 2,000,000; in antmaze, adroit, kitchen and OGBench 1,000,000, in pointmaze 3,000, in bandit 400"""
     batch_size: Positive[int] = 256  # transitions of an update
     learning_rate: Positive[float] = 3e-4  # Adam's (D20)
-    lr_decay: bool = False  # cosine decay of the learning rate to 0
+    lr_decay: bool = False  # cosine decay of the learning rate to 0; preset fast: True
     max_grad_norm: Positive[float] = 5.0  # gradient-norm clip (Table 3)
 
     # Diffusion
     num_diffusion_steps: Positive[int] = 1000  # K; in bandit, for DDPM, 5 with --beta-schedule vp
     beta_schedule: ScheduleName = "linear"  # noise schedule; "vp" for few steps
-    prediction: Prediction = "noise"  # of the network: the noise in a^k, as in the paper, or the clean action a^0
+    prediction: Prediction = "noise"  # of the network: the noise in a^k, or the clean action a^0; preset fast: action
     sampler: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver, or all K steps of DDPM
     num_solver_calls: Positive[int] = 15  # network calls of DPM-Solver
     solver_order: Positive[int] = 3  # order of DPM-Solver: 1 (DDIM), 2 or 3

@@ -49,7 +49,7 @@ MAX_WEIGHT = 20.0  # CRR's paper and the official code
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Args:
-    """Flags whose default is None take the value that their text names; all are shown at the start of the run."""
+    """Flags whose default is None take the value that their text names; what a run used is in its args.json."""
 
     # Experiment
     exp_name: str = Path(__file__).stem  # the run's name in its folder's
@@ -63,7 +63,7 @@ class Args:
     """rewards: none; in mazes and bandit cql_antmaze, in adroit and kitchen normalize"""
     preset: Preset | None = None
     """settings: paper; in pointmaze and bandit fast, for some thousands of updates (README, "Short of compute?")"""
-    normalize_obs: bool = False  # standardise observations by the dataset's mean and deviation
+    normalize_obs: bool = False  # standardise observations by the dataset's mean and deviation; preset fast: True
     seed: NonNegative[int] = 0  # the first seed; a run is a function of (seed, update)
     num_seeds: Positive[int] = 1  # seeds trained together in one program: seed, seed + 1, ...
     resume: str | None = None  # go on with the run in this folder; --num-updates may be larger than it was
@@ -76,7 +76,7 @@ class Args:
     eval_every: Positive[int] | None = None
     """updates between evaluations: 10,000; in pointmaze 1,000, in bandit 100, in OGBench 100,000"""
     eval_episodes: NonNegative[int] | None = None
-    """episodes of each evaluation, for each seed: 10; in mazes and bandit 100, in OGBench 50; 0: diagnostics instead"""
+    """episodes of each evaluation, for each seed: 10; in mazes and bandit 100, in OGBench 50, in logs 0 (diagnosed)"""
     num_eval_actions: Positive[int] = 10  # N of energy-based action selection (Alg. 2); 1 is plain sampling
     policy_temperature: NonNegative[float] = 1.0  # scales the predicted noise when acting (C.4)
     init_noise_scale: NonNegative[float] = 1.0  # scales the initial noise a^K when acting (C.4)
@@ -86,16 +86,16 @@ class Args:
     """updates: 2,000,000; in antmaze, adroit, kitchen and OGBench 1,000,000, in pointmaze 3,000, in bandit 400"""
     batch_size: Positive[int] = 256  # transitions of an update
     learning_rate: Positive[float] | None = None  # Adam's, all networks: 3e-4; in adroit 3e-5 (Table 3), in bandit 3e-3
-    lr_decay: bool = False  # cosine decay of the policy's learning rate to 0
+    lr_decay: bool = False  # cosine decay of the policy's learning rate to 0; preset fast: True
     max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network (Table 3)
     gamma: UnitInterval[float] = 0.99  # discount
-    tau: UnitInterval[float] = 0.005  # Polyak rate of the targets
-    critic_layer_norm: bool = False  # layer normalisation in the value networks (RLPD, Ball et al. 2023; ReBRAC)
+    tau: UnitInterval[float] = 0.005  # Polyak rate of the targets; preset fast: 0.2
+    critic_layer_norm: bool = False  # layer normalisation in the value networks (RLPD, ReBRAC); preset fast: True
 
     # Diffusion
     num_diffusion_steps: Positive[int] = 1000  # K; in bandit, for DDPM, 5 with --beta-schedule vp
     beta_schedule: ScheduleName = "linear"  # noise schedule; "vp" for few steps
-    prediction: Prediction = "noise"  # of the network: the noise in a^k, as in the paper, or the clean action a^0
+    prediction: Prediction = "noise"  # of the network: the noise in a^k, or the clean action a^0; preset fast: action
     sampler: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver, or all K steps of DDPM
     num_solver_calls: Positive[int] = 15  # network calls of DPM-Solver
     solver_order: Positive[int] = 3  # order of DPM-Solver: 1 (DDIM), 2 or 3

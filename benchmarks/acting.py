@@ -145,7 +145,7 @@ def act_again(folder: Path, args: Args) -> None:
     for variant in todo:
         _, task = setup(variant)
 
-    dataset, behaviour = load_dataset(task, "none")
+    dataset, behaviour = load_dataset(task, getattr(run.args, "reward_rule", "none"))
     if getattr(run.args, "top_fraction", 1) < 1:
         dataset = run.module.best_episodes(dataset, behaviour, run.args.top_fraction)
     score = behaviour.statistics["behaviour_score"]

@@ -1,8 +1,9 @@
-"""What the paper is about, in two pictures of the toy: docs/images/bandit.png and docs/images/solver.png.
+"""What the paper is about, in two pictures of the toy: bandit.png and solver.png.
 
-    python benchmarks/bandit.py
+    python benchmarks/bandit.py                  # into runs/bandit/
+    python benchmarks/bandit.py docs/images      # those of the docs
 
-Trains three policies on `--env-id bandit` by the algorithm files' own functions (a minute on a CPU) and draws actions.
+Trains three policies on `--env-id bandit` by the algorithm files' own functions and draws their actions.
 """
 
 import sys
@@ -11,9 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's common/, whatever is installed
 import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
@@ -25,13 +29,21 @@ from common.harness import load_dataset, setup
 from common.harness.bandit import MODES, RADIUS, reward_of
 from common.harness.devices import seed_keys
 
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
 COLORS = np.array(["tab:orange", "tab:gray", "tab:purple", "tab:green"])  # by mode; the first one pays
 NUM_SAMPLES = 600
 
 
+@dataclass(frozen=True)
+class Args:
+    """Draw what three policies learn of the toy."""
+
+    folder: tyro.conf.Positional[Path] = Path("runs/bandit")
+    """where to write the pictures"""
+
+
 def train(module, num_updates: int, **flags):
     """(args, state) of one seed after the updates; observations are constant, so nothing is normalised."""
+    print(f"Training {module.__name__.split('.')[1]}, {num_updates} updates ...", flush=True)
     args, task = setup(module.Args(env_id="bandit", num_updates=num_updates, eval_every=num_updates, **flags))
     dataset, _ = load_dataset(task, getattr(args, "reward_rule", "none"))
     dataset = jax.tree.map(jnp.asarray, dataset)
@@ -81,8 +93,13 @@ def draw(ax: Axes, actions: np.ndarray, colors, title: str, limit: float = 1.15)
     ax.set(title=title, aspect="equal", xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[])
 
 
-def main() -> None:
-    IMAGES.mkdir(exist_ok=True)
+def save(figure: Figure, file: Path, dpi: int) -> None:
+    figure.savefig(file, dpi=dpi)
+    print(file)
+
+
+def main(args: Args) -> None:
+    args.folder.mkdir(parents=True, exist_ok=True)
     gaussian = train(bc, 500, learning_rate=3e-3)
     diffusion = train(bc, 2000, learning_rate=3e-3, policy="diffusion")
     guided = train(edp_td3bc, 500, num_eval_actions=1)
@@ -98,15 +115,15 @@ def main() -> None:
     for ax, (title, actions) in zip(figure.subplots(1, len(panels)), panels.items()):
         draw(ax, actions, COLORS[nearest_mode(actions)], title)
         ax.set_xlabel(f"{100 * reward_of(actions).mean():.0f} % pay")
-    figure.savefig(IMAGES / "bandit.png", dpi=110)
+    save(figure, args.folder / "bandit.png", 110)
 
     steps = solver_steps(*diffusion)
     colors = COLORS[nearest_mode(steps[-1])]
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     for i, (ax, actions) in enumerate(zip(figure.subplots(2, 8).flat, steps)):
         draw(ax, actions, colors, f"call {i + 1}" if i + 1 < len(steps) else "the actions", limit=2.5)
-    figure.savefig(IMAGES / "solver.png", dpi=95)
+    save(figure, args.folder / "solver.png", 95)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Args))

@@ -149,6 +149,11 @@ def find_data(choices: tuple[str, ...], tasks: tuple[str, ...]) -> Iterator[Data
                 yield Data(f"{task} (D4RL)", ("--env-id", task, "--dataset-path", str(file)), task, differs)
         mazes = [name for name in TASKS if name.startswith("pointmaze")]
         known = {"paper": tasks, "pointmaze": mazes, "local": filter(None, map(local_dataset, tasks))}
+        if not (files or choice in {*known, *TASKS} or re.search(r"-v\d+$", choice)):
+            raise SystemExit(
+                f"--data {choice}: there is no such folder with D4RL's files (*.hdf5), nor such a task; ids of Minari "
+                "datasets end in -v<number>."
+            )
         for name in known.get(choice, [choice]) if not files else ():
             task = name if name in TASKS else re.sub(r"-v\d+$", "", name.partition("/")[2]).replace("/", "-")
             flag, of_paper = "--env-id" if name in TASKS else "--dataset-id", task in PAPER_TASKS

@@ -102,7 +102,7 @@ def result_of(header: dict, returns: list[dict], acting: list[dict]) -> Result:
         values = {key: [of[i] for i in sorted(of)] for key, of in found.items() if len(of) == math.prod(shape)}
         return {key: 100 * (np.reshape(of, shape).mean(axis=1) - low) / (high - low) for key, of in values.items()}
 
-    trained = scores((int(row["update"]), row) for row in returns)
+    trained = scores((int(row["update"]), row) for row in returns if int(row["update"]))  # 0: before training
     last = [row for row in acting if int(row["update"]) == args["num_updates"] and not row["critics"]]
     settings = lambda row: {name: row[name] for name in row.keys() - RECORDED}
     acted = scores((other_settings(args, settings(row)), row) for row in last)

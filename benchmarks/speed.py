@@ -1,7 +1,7 @@
 """How fast this code learns and acts here: Fig. 2 and C.5 of the EDP paper done again.
 
     python benchmarks/speed.py                              # everything: some ten minutes on two slow CPU cores
-    python benchmarks/speed.py --quick                      # a minute or two
+    python benchmarks/speed.py --quick                      # two to four minutes
     python benchmarks/speed.py --sections updates --only dql edp_td3bc    # what was measured before is kept
 
 writes benchmarks/results/speed-<name>.json, with every repeat, and a chart beside it. Sections:

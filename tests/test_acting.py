@@ -34,7 +34,8 @@ def trained(tmp_path_factory):
         patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
         (folder / "minari").mkdir()
         record_hopper()
-        edp = edp_td3bc.Args(**TINY, **DIFFUSION, batch_size=8, run_dir=str(folder / "edp"), normalize_obs=True)
+        shaped = {"normalize_obs": True, "reward_rule": "normalize"}
+        edp = edp_td3bc.Args(**TINY, **DIFFUSION, batch_size=8, run_dir=str(folder / "edp"), **shaped)
         edp_td3bc.train(edp)
         bc.train(bc.Args(**TINY, batch_size=8, run_dir=str(folder / "bc"), top_fraction=0.5))
         yield folder
@@ -59,7 +60,9 @@ def test_without_other_settings_the_last_evaluation_is_repeated(runs, name, caps
     expected = returns_of(runs / name / "eval.csv")
     assert len({row[2] for row in expected}) == 4, "an episode is not like another"
     assert returns_of(runs / name / "acting.csv") == expected
-    assert "as in the run" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "as in the run" in printed
+    assert f"reward_rule {'normalize' if name == 'edp' else 'none'}" in printed
 
 
 def test_every_combination_is_evaluated_and_added_to_what_is_there(runs, capsys):
@@ -103,7 +106,7 @@ def test_spread_is_that_of_the_samples_and_of_the_data_around_their_mean():
 
 def test_the_snippet_of_the_page_runs(runs):
     snippet = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
-    exec(snippet.replace("runs/<run>", str(runs / "edp")), names := {})
+    exec(snippet.replace("runs/<run>", str(runs / "edp")).replace("edp_iql", "edp_td3bc"), names := {})
     assert names["action"].shape == (2, 3, 3)
 
 

@@ -92,7 +92,7 @@ def test_the_tables_have_every_chunk_seed_and_episode(finished):
     assert {"policy_loss", "updates_per_second"} | ({"critic_loss"} if algorithm != "bc" else set()) <= set(rows[0])
     assert np.isfinite([[float(value) for value in row.values()] for row in rows]).all()
     assert rows[0]["policy_loss"] != rows[1]["policy_loss"], "seeds differ"
-    assert returns_of(folder).shape == (2, 2, 2), "evaluations, seeds, episodes"
+    assert returns_of(folder).shape == (3, 2, 2), "evaluations, the first before training, seeds, episodes"
     for row in rows_of(folder / "eval.csv"):
         assert row["return"] in ("0.0", "1.0")
         assert int(row["length"]) == 300 if row["return"] == "0.0" else int(row["length"]) <= 300
@@ -123,7 +123,7 @@ def test_pictures_and_tensorboard_show_something(finished):
 
 def test_the_final_table_is_that_of_eval_csv_and_stderr_has_the_progress_bar_alone(finished):
     _, folder, process = finished
-    scores = 100 * returns_of(folder).mean(axis=2)
+    scores = 100 * returns_of(folder)[1:].mean(axis=2)
     expected = {"last score": scores[-1], "OMS": scores.max(axis=0), "RAT": scores.mean(axis=0)}
     for label, values in expected.items():
         row = f"{values.mean():.1f} +- {values.std(ddof=1):.1f}"
@@ -221,9 +221,21 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     assert [begin(None).folder.name.rpartition("__")[2] for _ in range(3)] == ["now", "now-1", "now-2"]
 
 
-@pytest.mark.parametrize(("eval_every", "chunk"), [(10, 10), (100, 100), (2000, 1000), (1500, 750), (1009, 1009)])
-def test_chunks_divide_the_evaluation_interval_and_give_signs_of_life(tmp_path, eval_every, chunk):
-    assert begin(tmp_path / "run", num_updates=eval_every, eval_every=eval_every).chunk == chunk
+@pytest.mark.parametrize(
+    ("eval_every", "row", "chunk"),
+    [(10, 10, 10), (200, 200, 100), (2000, 1000, 100), (1500, 750, 125), (1009, 1009, 1009)],
+)
+def test_chunks_divide_rows_which_divide_the_evaluation_interval(tmp_path, eval_every, row, chunk):
+    run = begin(tmp_path / "run", num_updates=eval_every, eval_every=eval_every)
+    assert (run.row, run.chunk) == (row, chunk)
+
+
+def test_a_row_is_the_mean_of_its_chunks(tmp_path):
+    with begin(tmp_path / "run", num_updates=2000, eval_every=200) as run:
+        for update, loss in ((100, 1.0), (200, 4.0)):
+            run.save(update, {"weights": np.zeros(3)}, {"policy_loss": jnp.full((100, 2), loss)})
+    rows = rows_of(tmp_path / "run" / "metrics.csv")
+    assert [(row["update"], row["policy_loss"]) for row in rows] == [("200", "2.5")] * 2
 
 
 def test_every_seed_update_and_episode_acts_by_a_key_of_its_own(tmp_path):

@@ -111,11 +111,18 @@ def test_an_unwritable_folder_of_datasets_exits(tmp_path, monkeypatch, exit_sent
 def test_the_picture_shows_the_paths(tmp_path, gym_id):
     maze, cells = maze_of(gym_id), ((1, 1), (1, 2))
     path = np.linspace(*(maze.cell_rowcol_to_xy(np.array(cell)) for cell in cells), 10)
-    for name, behaviour in (("two", [path]), ("one", [])):
-        plots.maze_paths(maze, cells, 0.45, behaviour, [path]).savefig(tmp_path / f"{name}.png")
-    two, one = (matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("two", "one"))
-    height, width = two.shape[:2]
+    shown = {"success": [(path, True)], "failure": [(path, False)], "none": []}
+    for name, behaviour in shown.items():
+        figure = plots.maze_paths(maze, cells, 0.45, [behaviour, [(path, True)]], [54.5, 100.0])
+        figure.savefig(tmp_path / f"{name}.png")
+    assert [ax.get_title() for ax in figure.axes] == [
+        "dataset: 54.5 % reach the goal",
+        "learned policy: 100.0 % reach the goal",
+    ]
+    success, failure, none = (matplotlib.image.imread(tmp_path / f"{name}.png") for name in shown)
+    height, width = success.shape[:2]
     assert width > height > 100
-    differs = (two != one)[height // 5 :].any(axis=(0, 2))  # below the titles
-    assert differs[: width // 2].any(), "the behaviour's path is on the left"
-    assert not differs[width // 2 :].any(), "and only there"
+    for one, other in ((success, none), (success, failure)):
+        differs = (one != other)[height // 5 :].any(axis=(0, 2))  # below the titles
+        assert differs[: width // 2].any(), "the behaviour's path is on the left, in the colour of its end"
+        assert not differs[width // 2 :].any(), "and only there"

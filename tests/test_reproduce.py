@@ -292,6 +292,7 @@ def test_scale_shortens_a_run_and_leaves_ten_evaluations(pointmaze_datasets, tmp
         ({"flags": "'"}, "No closing quotation"),
         ({"data": ("nobody/has/this-v0",)}, "Dataset nobody/has/this-v0 is not in "),
         ({"data": ("local",)}, "has none of table2's tasks"),
+        ({"data": ("no/such/folder",)}, "--data no/such/folder: there is no such folder"),
     ],
 )
 def test_bad_arguments_get_one_sentence(datasets, tmp_path, changes, sentence):

@@ -74,15 +74,16 @@ def test_a_name_stays_in_its_place(name, tmp_path, monkeypatch, exit_sentence):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_called_wandb_and_is_not_weights_and_biases_is_told_before_there_is_a_folder(
-    tmp_path, monkeypatch, exit_sentence
-):
+def test_what_is_called_wandb_and_is_not_weights_and_biases_leaves_no_folder(tmp_path, monkeypatch, exit_sentence):
     other = types.ModuleType("wandb")  # as Python makes one of a folder beside the script
     monkeypatch.setitem(sys.modules, "wandb", other)
     assert "pip install wandb" in exit_sentence(begin, tmp_path / "run", track=True)
     other.init = None
     monkeypatch.setenv("WANDB_RUN_ID", "of-the-agent")
     assert "leave --num-seeds out" in exit_sentence(begin, tmp_path / "run", track=True)
+    monkeypatch.delenv("WANDB_RUN_ID")
+    other.init = lambda **_: 1 / 0  # as without a login, or a network
+    assert "division by zero" in exit_sentence(begin, tmp_path / "run", track=True)
     assert not (tmp_path / "run").exists()
 
 

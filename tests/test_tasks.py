@@ -11,12 +11,21 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 from helpers import ALGORITHMS, SCRIPTS, fields_of
 
-from algorithms import edp_td3bc
+from algorithms import edp_iql, edp_td3bc
 from common.harness import NonNegative, Positive, UnitInterval, tasks
 from common.harness.environments import make_gym_env
 from common.harness.flags import check_flags
 from common.harness.recorded import task_of_dataset
-from common.harness.tasks import FAST, FAST_DDPM, TASKS, Domain, find_task, normalized_score, with_domain_defaults
+from common.harness.tasks import (
+    FAST,
+    FAST_DDPM,
+    TASKS,
+    Domain,
+    differences,
+    find_task,
+    normalized_score,
+    with_domain_defaults,
+)
 
 ROBOTS = ("halfcheetah", "hopper", "walker2d")
 LOCOMOTION = [f"{robot}-{quality}" for robot in ROBOTS for quality in ("medium", "medium-replay", "medium-expert")]
@@ -49,7 +58,8 @@ def test_the_table_holds_the_papers_twenty_tasks_the_other_hands_simple_sets_thr
 )
 def test_hyperparameters_of_the_domains(env_ids, expected):
     for env_id in env_ids:
-        assert TASKS[env_id].environment.domain[1:] == expected
+        assert TASKS[env_id].environment.domain[1:-1] == expected
+        assert TASKS[env_id].environment.domain.eval_untrained == (env_id in POINTMAZE)
 
 
 def test_evaluation_environments_and_their_horizons():
@@ -115,10 +125,14 @@ def test_the_printed_table_has_every_task_with_its_data_and_every_domain_with_it
     table = capsys.readouterr().out
     for env_id, task in TASKS.items():
         (line,) = re.findall(rf"^ +{env_id} .*$", table, re.MULTILINE)
-        data = "drawn in memory" if env_id == "bandit" else " + ".join(task.dataset_ids) or "D4RL's file alone"
+        data = "drawn in memory" if env_id == "bandit" else "".join(task.dataset_ids[:1]) or "D4RL's file alone"
         assert f" {data} " in line
-        assert f" {task.environment.gym_id}, {task.environment.max_steps} steps" in line
-    assert "name adroit, learning_rate 3e-05, eta 0.1, num_updates 1000000" in table
+        low, high = task.environment.reference
+        played = str(task.environment.gym_id).removeprefix("common.harness.bandit:")
+        assert re.search(rf" {played} +{task.environment.max_steps} +{low:.0f}, {high:.0f}$", line)
+    assert "hopper/medium-v0 + expert-v0" in table
+    assert "adroit\n  learning_rate 3e-05, eta 0.1, num_updates 1000000" in table
+    assert max(map(len, table.splitlines())) <= 120
     command = f"{sys.executable} -m common.harness.tasks | head -n 1"
     assert subprocess.run(command, shell=True, cwd=SCRIPTS.parent, capture_output=True, text=True).stderr == ""
 
@@ -198,8 +212,9 @@ def test_an_evaluation_environment_of_the_metadata_goes_first(capsys):
     assert task_of_dataset("me/x-v0", spec, eval_spec).environment == tasks.Environment(tasks.OTHER, eval_spec, 9)
 
 
-def test_a_dataset_without_environment_exits(exit_sentence):
-    assert "me/x-v0" in exit_sentence(task_of_dataset, "me/x-v0", None)
+def test_a_dataset_without_environment_is_not_played():
+    task = task_of_dataset("me/x-v0", None)
+    assert (task.env_id, task.is_played, task.environment.gym_id) == ("me-x-v0", False, None)
 
 
 # --------------------------------------------------------------------------------------------- defaults and bounds
@@ -289,6 +304,19 @@ def number(text: str) -> float:
     """As people write it: 3e-4, 2,000,000, 1/3."""
     over, _, under = text.replace(",", "").partition("/")
     return float(over) / float(under or 1)
+
+
+def test_settings_that_are_not_the_papers_are_named_with_their_reason():
+    args = edp_iql.Args(env_id="pointmaze-umaze", batch_size=64, run_dir="run")
+    args = with_domain_defaults(args, TASKS["pointmaze-umaze"].environment.domain, iql=True)
+    of_preset = ["normalize_obs True", "lr_decay True", "tau 0.2", "critic_layer_norm True", "prediction action"]
+    of_domain = ["reward_rule iql_antmaze", "preset fast", "eval_every 1000", "eval_episodes 100", "num_updates 3000"]
+    expected = [f"{setting} (preset fast)" for setting in of_preset]
+    expected += [f"{setting} (pointmaze)" for setting in (*of_domain, "expectile 0.9")] + ["batch_size 64 (given)"]
+    assert sorted(differences(args, TASKS["pointmaze-umaze"].environment.domain)) == sorted(expected)
+    locomotion = TASKS["hopper-medium"].environment.domain
+    args = with_domain_defaults(edp_iql.Args(env_id="hopper-medium"), locomotion, iql=True)
+    assert differences(args, locomotion) == []
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -275,8 +275,10 @@ def load_dataset(task: Task, reward_rule: RewardRule) -> tuple[Dataset, Behaviou
         "crc32": reduce(lambda crc, array: zlib.crc32(np.ascontiguousarray(array), crc), dataset, 0),
         "reward_rule": reward_rule,
     }
-    print("Dataset: " + ", ".join(f"{k} {v:.6g}" if type(v) is float else f"{k} {v}" for k, v in statistics.items()))
-    paths = [dataset.obs[start:end, :2] for start, end in zip(starts[:30], ends)] if environment.cells else []
+    shown = (f"{k} {v:.4g}" if type(v) is float else f"{k} {v}" for k, v in statistics.items() if k != "crc32")
+    print(f"Dataset: {', '.join(shown)}")
+    some = np.unique(np.linspace(0, len(ends) - 1, 30).astype(int)) if environment.cells else []
+    paths = [(dataset.obs[starts[i] : ends[i], :2], bool(scores[i] > 0)) for i in some]
     recorded_returns = np.add.reduceat(dataset.reward, starts, dtype=np.float64)
     dataset = dataset._replace(
         action=np.clip(action, -ACTION_LIMIT, ACTION_LIMIT),

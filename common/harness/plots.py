@@ -48,29 +48,32 @@ def maze_paths(
     maze: Any,
     cells: Sequence[tuple[int, int]],
     radius: float,
-    behaviour: Sequence[np.ndarray],
-    policy: Sequence[np.ndarray],
+    paths: Sequence[Sequence[tuple[np.ndarray, bool]]],
+    scores: Sequence[float],
 ) -> Figure:
-    """A maze (gymnasium-robotics' `Maze`) with paths, each (steps, 2), of the behaviour and of the policy.
+    """A maze (gymnasium-robotics' `Maze`) with paths of the behaviour and of the policy, and the scores of both.
 
-    `cells` are start and goal, (row, column); `radius` is that of the goal.
+    A path is (steps, 2), with whether it reaches the goal. `cells` are start and goal, (row, column); `radius` is that
+    of the goal.
     """
     half = maze.maze_size_scaling / 2
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     start, goal = (maze.cell_rowcol_to_xy(np.array(cell)) for cell in cells)
-    for ax, paths, title, color in zip(axes, (behaviour, policy), ("dataset", "learned policy"), ("gray", "blue")):
+    for ax, some, title, score in zip(axes, paths, ("dataset", "learned policy"), scores):
         for cell, kind in np.ndenumerate(np.array(maze.maze_map, object)):
             if kind == 1:
                 corner = maze.cell_rowcol_to_xy(np.array(cell)) - half
                 ax.add_patch(Rectangle(corner, 2 * half, 2 * half, color="0.3"))
-        for path in paths:
-            ax.plot(*path.T, color=f"tab:{color}", alpha=0.4, linewidth=0.8)
+        for path, succeeds in some:
+            ax.plot(*path.T, color="tab:blue" if succeeds else "tab:gray", alpha=0.4, linewidth=0.8)
         ax.plot(*start, "o", color="tab:orange", markersize=9, label="start")
         ax.plot(*goal, "*", color="tab:red", markersize=15, label="goal")
         ax.add_patch(Circle(goal, radius, color="tab:red", fill=False, linestyle=":"))
         rows, columns = np.shape(maze.maze_map)
-        ax.set(title=f"{title}, {len(paths)} paths", aspect="equal", xticks=[], yticks=[])
+        ax.set(title=f"{title}: {score:.1f} % reach the goal", aspect="equal", xticks=[], yticks=[])
         ax.set(xlim=(-half * columns, half * columns), ylim=(-half * rows, half * rows))
+    axes[1].plot([], [], color="tab:blue", label="reaches it")
+    axes[1].plot([], [], color="tab:gray", label="does not")
     axes[1].legend(loc="upper right")
     return figure

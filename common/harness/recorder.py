@@ -7,6 +7,9 @@ import contextlib
 import csv
 import dataclasses
 import os
+import sys
+import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -77,7 +80,7 @@ class Recorder:
         if update not in whole:  # was not played to its end, and will be
             tables["eval"] = [(number, row) for number, row in tables["eval"] if number != update]
         played = len(range(self.args.eval_every, update, self.args.eval_every)) if num else 0
-        missing = played - len(whole.keys() - {update})
+        missing = played - len(whole.keys() - {0, update})
         damaged = sum(number is None for number, _ in tables["metrics"])
         for name, count, what in (("eval", missing, "evaluation(s)"), ("metrics", damaged, "row(s)")):
             if count > 0:
@@ -91,12 +94,27 @@ class Recorder:
             board = self.folder / "tensorboard" / f"seed_{seed}"
             self.boards.append(tensorboardX.SummaryWriter(str(board), purge_step=update + 1))
 
-    def start_bar(self, update: int, chunk: int) -> None:
+    def start_bar(self, update: int) -> None:
         if update < self.args.num_updates:
             print("Compiling: about half a minute, once. Further runs of this shape start at once.", flush=True)
+        often = {"miniters": 0, "mininterval": 0.5 if sys.stderr.isatty() else 10}  # seconds; a file keeps each
         bar = {"initial": update, "unit": "update", "smoothing": 0.1, "dynamic_ncols": True}
-        self.bar = tqdm(total=self.args.num_updates, **bar)
-        self.bar.set_postfix_str(f"compiling, then {chunk} updates" if update < self.args.num_updates else "")
+        self.bar = tqdm(total=self.args.num_updates, **bar, **often)
+        self.bar.set_postfix_str("compiling" if update < self.args.num_updates else "")
+        if sys.stderr.isatty():
+            threading.Thread(target=self._tick, daemon=True).start()
+
+    def _tick(self) -> None:
+        """The bar's clock goes on while programs compile."""
+        while not self.bar.disable:  # which it is when closed
+            self.bar.refresh()
+            time.sleep(1)
+
+    def show(self, update: int, what: str = "") -> None:
+        """On the bar: how far the run is, and what it does, or the last score."""
+        score = f"{self.unit} {[*self.scores.values()][-1].mean():.1f}" if self.scores else ""
+        self.bar.set_postfix_str(what or score, refresh=False)
+        self.bar.update(update - self.bar.n)
 
     def metrics(
         self,
@@ -114,11 +132,6 @@ class Recorder:
                     f"Everything until then is in {self.folder}/."
                 )
         means = {name: value.mean(axis=0, dtype=np.float64) for name, value in metrics.items()}
-        shown = {name: f"{mean.mean():.3g}" for name, mean in means.items() if name.endswith("loss")}
-        if self.scores:
-            shown["score"] = f"{self.results()['last'].mean():.1f}"
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(update - self.bar.n)
         rate = self.bar.format_dict["rate"] or update / max(self.bar.format_dict["elapsed"], 1e-9)
         names = "update", "seed", "updates_per_second", *means, *diagnostics
         heading = [names] if self.files["metrics"].tell() == 0 else []
@@ -140,13 +153,16 @@ class Recorder:
         rows = [[update, self.seeds[i], j, float(value), lengths[i, j]] for (i, j), value in np.ndenumerate(returns)]
         values = {"score": self.scores[update], "return": returns.mean(axis=1), "length": lengths.mean(axis=1)}
         self._write("eval", rows, update, {f"eval/{name}": value for name, value in values.items()})
+        self.show(update, "" if update else "compiling")
         self.bar.write(
             f"update {update}: score {mean_and_deviation(values['score'])} (behaviour "
             f"{self.behaviour.statistics['behaviour_score']:.1f}), return {mean_and_deviation(values['return'])}"
         )
         if maze is not None:
             cells = self.task.environment.cells
-            self._draw("paths", "maze_paths", maze, cells, GOAL_RADIUS, self.behaviour.paths, paths)
+            shown = [self.behaviour.paths, list(zip(paths, (returns[0] > 0).tolist()))]
+            scores = self.behaviour.statistics["behaviour_score"], self.scores[update][0]
+            self._draw("paths", "maze_paths", maze, cells, GOAL_RADIUS, shown, scores)
 
     def _write(self, table: str, rows: list, update: int, scalars: dict[str, Float[np.ndarray, " seeds"]]) -> None:
         """Rows to a CSV file, scalars to TensorBoard and trackers."""
@@ -201,12 +217,12 @@ class Recorder:
         """The last score, the best evaluation (OMS) and the mean of the last ten (RAT), or diagnostics, by seed."""
         if not self.scores:
             return {name: of[-1] for name, of in self.diagnostics().items() if name != "update"}
-        scores = np.array(list(self.scores.values()))
+        scores = np.array([of for update, of in self.scores.items() if update] or [*self.scores.values()])
         return {"last": scores[-1], "OMS": scores.max(axis=0), "RAT": scores[-RAT_WINDOW:].mean(axis=0)}
 
     def print_table(self) -> None:
         """The final one."""
-        window = min(RAT_WINDOW, len(self.scores))
+        window = min(RAT_WINDOW, len(self.scores.keys() - {0}))
         labels = {"last": f"last {self.unit}", "OMS": "OMS (best evaluation)"}
         labels["RAT"] = f"RAT (mean of the last {window})"
         self.bar.close()

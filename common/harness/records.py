@@ -56,7 +56,7 @@ class Behaviour(NamedTuple):
     scores: np.ndarray  # (episodes,), under the evaluation protocol
     obs_mean: np.ndarray  # (obs_dim,)
     obs_std: np.ndarray  # (obs_dim,), plus 1e-3 as in TD3+BC: coordinates that never change stay finite
-    paths: list[np.ndarray]  # mazes only: (x, y) along some episodes
+    paths: list[tuple[np.ndarray, bool]]  # mazes only: (x, y) along some episodes, and whether they reach the goal
     held_back: tuple[Dataset, np.ndarray] | None = None  # without evaluation: other episodes, and their ends
 
 

@@ -53,10 +53,10 @@ from common.harness.devices import jax_settings, seed_keys, set_up_jax, to_devic
 from common.harness.environments import Evaluator
 from common.harness.recorder import Recorder, import_wandb
 from common.harness.records import Behaviour
-from common.harness.tasks import Task
+from common.harness.tasks import Task, differences
 
 PACKAGES = ("jax", "jaxlib", "equinox", "optax", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
-MIN_CHUNK, MAX_CHUNK = 100, 1000  # updates between two signs of life
+MIN_CHUNK, MAX_CHUNK = 100, 1000  # updates between two signs of life, and between two rows of metrics
 MIN_SPACE = 2**24  # bytes that the folder's file system has left
 FREE = ("num_updates", "checkpoint_every", "trust", "capture_video")  # what --resume may change
 
@@ -71,9 +71,10 @@ class Run:
         wandb = import_wandb(args.num_seeds) if args.track else None  # before there is a folder
         seeds = list(range(args.seed, args.seed + args.num_seeds))
         self.init_keys, self.train_keys, self.act_keys = seed_keys(seeds, 3)
-        # one length for all chunks, compiled once: a divisor of the evaluation interval that gives signs of life
-        divisors = (n for n in range(MAX_CHUNK, MIN_CHUNK, -1) if args.eval_every % n == 0)
-        self.chunk = next(divisors, args.eval_every)
+        # one length for all chunks, compiled once: a divisor of what is a row, itself one of the evaluation interval
+        self.row = next((n for n in range(MAX_CHUNK, MIN_CHUNK, -1) if args.eval_every % n == 0), args.eval_every)
+        self.chunk = next((n for n in range(MIN_CHUNK, self.row) if self.row % n == 0), self.row)
+        self.chunks, self.eval_untrained = [], task.environment.domain.eval_untrained
         self.mean, self.std = (behaviour.obs_mean, behaviour.obs_std) if args.normalize_obs else (0, 1)
         if behaviour.held_back:
             held, ends = behaviour.held_back
@@ -103,11 +104,17 @@ class Run:
         self.command = f"python {os.path.relpath(script)} --resume {shlex.quote(str(self.folder))}"
         self.recorder = Recorder(self.folder, algorithm, args, task, behaviour)
         if wandb:
-            self.recorder.start_wandb(wandb, self.header["id"])
+            try:
+                self.recorder.start_wandb(wandb, self.header["id"])
+            except SystemExit:
+                if not args.resume:
+                    shutil.rmtree(self.folder)  # there is no run in it
+                raise
         videos = self.folder / "videos" if args.capture_video else None
         self.evaluator = Evaluator(task.environment, seeds, args.eval_episodes, videos)
         print(f"{algorithm} on {task.env_id} ({task.environment.domain.name} defaults), files in {self.folder}/")
-        print(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(args).items()), flush=True)
+        changed = ", ".join(differences(args, task.environment.domain)) or "nothing"
+        print(f"Not as in the paper: {changed}; all: args.json", flush=True)
 
     # ---------------------------------------------------------------------------------------------- the folder
 
@@ -176,7 +183,7 @@ class Run:
         process.waiting = True
         with self._writing():
             self.recorder.open(self.header["update"])
-        self.recorder.start_bar(self.header["update"], self.chunk)
+        self.recorder.start_bar(self.header["update"])
         process.waiting = not self._evaluation_due(self.header["update"])
         self.saved_at = time.monotonic()
         return self
@@ -197,7 +204,14 @@ class Run:
         return to_devices(state, over_seeds=True), self.header["update"]
 
     def save(self, update: int, state, metrics: dict[str, Float[Array, "updates seeds"]]) -> None:
-        """Records a chunk. Saves before an evaluation, every --checkpoint-every minutes, and when a signal waits."""
+        """Takes a chunk; records those that make a row. Then saves if an evaluation is next, --checkpoint-every minutes
+        have passed, or a signal waits.
+        """
+        self.chunks.append({name: np.asarray(value) for name, value in metrics.items()})
+        self.recorder.show(update)
+        if update % self.row:
+            return
+        metrics, self.chunks = {name: np.concatenate([of[name] for of in self.chunks]) for name in metrics}, []
         before_evaluation, found = update % self.args.eval_every == 0, {}
         if not self.args.eval_episodes:
             found = dict.fromkeys(offline.columns(state), np.full(self.args.num_seeds, np.nan))
@@ -206,7 +220,7 @@ class Run:
                 keys = self.episode_keys(update, (offline.NUM_SAMPLES, len(self.held.obs)))
                 found = offline.diagnose(state, act, self.held, keys)
         with self._writing():
-            self.recorder.metrics(update, {name: np.asarray(value) for name, value in metrics.items()}, found)
+            self.recorder.metrics(update, metrics, found)
         if before_evaluation or process.received or time.monotonic() > self.saved_at + 60 * self.args.checkpoint_every:
             try:
                 with self._writing():
@@ -221,7 +235,7 @@ class Run:
             process.waiting = not self._evaluation_due(update)
 
     def _evaluation_due(self, update: int) -> bool:
-        is_time = update > 0 and update % self.args.eval_every == 0
+        is_time = update % self.args.eval_every == 0 and (update > 0 or self.eval_untrained)
         return is_time and self.args.eval_episodes > 0 and update not in self.recorder.scores
 
     def episode_keys(self, update: int, shape: tuple[int, ...] | None = None) -> Key[Array, "seeds ..."]:
@@ -232,7 +246,11 @@ class Run:
     def evaluate(self, update: int, state) -> None:
         """Plays and records the evaluation that is due after an update, if one is."""
         if self._evaluation_due(update):
-            policy = lambda obs, keys, step: self.act(state, (obs - self.mean) / self.std, keys, step, self.args)
+
+            def policy(obs, keys, step):
+                self.recorder.show(update, f"evaluating, step {step}")
+                return self.act(state, (obs - self.mean) / self.std, keys, step, self.args)
+
             episodes = self.evaluator(policy, self.episode_keys(update), update)
             with self._writing():
                 self.recorder.evaluation(update, episodes)

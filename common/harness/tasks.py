@@ -11,6 +11,7 @@ import difflib
 import itertools
 import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -38,18 +39,24 @@ class Domain(NamedTuple):
     eval_every: int = 10_000
     eval_episodes: int = 10
     preset: Preset = "paper"
+    eval_untrained: bool = False  # an evaluation before the first update as well, which no result counts
 
 
 LOCOMOTION = Domain("locomotion", 3e-4, 1.0, 2_000_000, "none", "iql_locomotion")
 ANTMAZE = Domain("antmaze", 3e-4, 1.0, 1_000_000, "cql_antmaze", "iql_antmaze", 0.9, 1 / 10, eval_episodes=100)
 ADROIT = Domain("adroit", 3e-5, 0.1, 1_000_000, "normalize", "normalize", temperature=2.0)
 KITCHEN = Domain("kitchen", 3e-4, 0.005, 1_000_000, "normalize", "normalize", temperature=2.0)
-POINTMAZE = ANTMAZE._replace(name="pointmaze", num_updates=3_000, eval_every=1_000, preset="fast")
+POINTMAZE = ANTMAZE._replace(name="pointmaze", num_updates=3_000, eval_every=1_000, preset="fast", eval_untrained=True)
 # Updates and evaluations as in OGBench's papers; IQL's values are antmaze's, whose shaped rewards are
 # the same; eta is the paper's usual one.
 OGBENCH = Domain("ogbench", 3e-4, 1.0, 1_000_000, "none", "none", 0.9, 1 / 10, eval_every=100_000, eval_episodes=50)
 BANDIT = POINTMAZE._replace(
-    name="bandit", learning_rate=3e-3, iql_reward_rule="cql_antmaze", num_updates=400, eval_every=100
+    name="bandit",
+    learning_rate=3e-3,
+    iql_reward_rule="cql_antmaze",
+    num_updates=400,
+    eval_every=100,
+    eval_untrained=False,
 )
 OTHER = LOCOMOTION._replace(name="other", iql_reward_rule="none")
 LOGS = OTHER._replace(name="logs", eval_episodes=0)  # data that name no environment
@@ -202,6 +209,21 @@ def with_domain_defaults(args, domain: Domain, iql: bool = False):
     return args
 
 
+def differences(args, domain: Domain) -> list[str]:
+    """The settings of a run that are not the paper's in locomotion, each with its reason."""
+    shown = []
+    for name, value in vars(args).items():
+        of_paper, of_domain = ({getattr(of, name, None)} for of in (LOCOMOTION, domain))
+        if name == "reward_rule":
+            of_paper, of_domain = of_paper | {LOCOMOTION.iql_reward_rule}, of_domain | {domain.iql_reward_rule}
+        is_usual = value in of_paper or value == type(args).__dataclass_fields__[name].default
+        if not is_usual and name not in ("env_id", "run_dir"):  # which are printed as well
+            is_fast = args.preset == "fast" and (FAST | FAST_DDPM).get(name) == value
+            reason = "preset fast" if is_fast else domain.name if value in of_domain else "given"
+            shown.append(f"{name} {value} ({reason})")
+    return shown
+
+
 def normalized_score(environment: Environment, returns: np.ndarray) -> np.ndarray:
     """D4RL's score, 100 (return - min) / (max - min); the return itself where there is no reference."""
     if environment.reference is None:
@@ -217,10 +239,13 @@ def main() -> None:
         environment = task.environment
         if environment.domain != shown:
             shown = environment.domain
-            print("\n" + ", ".join(f"{name} {value}" for name, value in shown._asdict().items()))
-        low, high = environment.reference
-        protocol = f"{environment.gym_id}, {environment.max_steps} steps, score 0 at return {low:g}, 100 at {high:g}"
-        print(f"  {task.env_id:<27}{task.data:<61}{protocol}")
+            values = [f"{name} {value}" for name, value in shown._asdict().items() if name != "name"]
+            print(f"\n{shown.name}", *textwrap.wrap(", ".join(values), 116), sep="\n  ")
+            print(f"  {'--env-id':<26}{'data':<42}{'evaluated in':<23}{'steps':<7}score 0, 100")
+        first, *others = task.dataset_ids or [task.data]
+        data = " + ".join([first, *(other.rpartition("/")[2] for other in others)])
+        played, (low, high) = str(environment.gym_id).rpartition(":")[2], environment.reference
+        print(f"  {task.env_id:<26}{data:<42}{played:<23}{environment.max_steps:<7}{low:.0f}, {high:.0f}")
     sys.stdout.flush()
 
 
