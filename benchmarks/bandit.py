@@ -1,9 +1,10 @@
-"""What the paper is about, in two pictures of the toy: bandit.png and solver.png.
+"""What the paper is about, on the toy: bandit.png, solver.png, and the points of the page on selection.
 
     python benchmarks/bandit.py                  # into runs/bandit/
     python benchmarks/bandit.py docs/images      # those of the docs
 
-Trains three policies on `--env-id bandit` by the algorithm files' own functions and draws their actions.
+Trains policies on `--env-id bandit` by the algorithm files' own functions (some minutes on a CPU) and draws actions.
+It prints what the critics think of EDP's actions, for three weights of Q.
 """
 
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's common/, whatever is installed
 import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 
+import json
 from dataclasses import dataclass
 
 import jax
@@ -31,6 +33,8 @@ from common.harness.devices import seed_keys
 
 COLORS = np.array(["tab:orange", "tab:gray", "tab:purple", "tab:green"])  # by mode; the first one pays
 NUM_SAMPLES = 600
+SHOWN_CALLS = (1, 12, 14, 15)  # of the solver: before the twelfth little changes
+NOISE_SCALES = (0, 0.25, 0.5, 0.75, 1)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def gaussian_sample(state, num: int = NUM_SAMPLES) -> np.ndarray:
     return np.asarray(policy(jnp.zeros(1)) + policy.std * noise)
 
 
-def solver_steps(args, state, num: int = 300) -> list[np.ndarray]:
+def solver_steps(args, state, num: int = 300, noise_scale: float = 1) -> list[np.ndarray]:
     """The actions at each network call of the solver, (num, 2) each, and at last its result."""
     policy = jax.tree.map(lambda leaf: leaf[0], state.policy)
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
@@ -77,9 +81,29 @@ def solver_steps(args, state, num: int = 300) -> list[np.ndarray]:
         prediction = jax.vmap(policy, in_axes=(None, 0, None))(jnp.zeros(1), action, k)
         return implied_noise(args.prediction, schedule, action, k, prediction)
 
-    noise = jax.random.normal(jax.random.key(2), (num, 2))
+    noise = noise_scale * jax.random.normal(jax.random.key(2), (num, 2))
     result = dpm_solver_sample(noise_fn, schedule, noise, args.num_solver_calls, args.solver_order, clip=True)
     return [*seen, np.asarray(result)]
+
+
+def smaller_q(state, actions: np.ndarray) -> np.ndarray:
+    """The smaller Q of the two critics, (num,); rewards are -2 and 2 here, and an episode is one step."""
+    critics = jax.tree.map(lambda leaf: leaf[0], state.critics)
+    return np.asarray(edp_td3bc.twin_q(critics, jnp.zeros((len(actions), 1)), jnp.asarray(actions))).min(axis=0)
+
+
+def write_points(file: Path, diffusion, critics_state) -> None:
+    """Actions of the imitating policy with their Q, by scale of the initial noise, as JavaScript: a page that is opened
+    from a folder may load a script, but no JSON."""
+    rows = []
+    for scale in NOISE_SCALES:
+        actions = solver_steps(*diffusion, num=250, noise_scale=scale)[-1]
+        points = np.column_stack([actions, smaller_q(critics_state, actions)])
+        rows.append(f'  "{scale}": {json.dumps([[round(float(x), 2) for x in point] for point in points])}')
+    center, command = [round(float(x), 2) for x in MODES[0]], "// made by: python benchmarks/bandit.py docs/images"
+    body = ",\n".join(rows)
+    text = f"{command}; [x, y, Q] by scale of the initial noise\nconst SELECTION = {{\n{body}\n}};\n"
+    file.write_text(text + f"const CIRCLE = {json.dumps([*center, RADIUS])};\n")
 
 
 def nearest_mode(actions: np.ndarray) -> np.ndarray:
@@ -103,6 +127,13 @@ def main(args: Args) -> None:
     gaussian = train(bc, 500, learning_rate=3e-3)
     diffusion = train(bc, 2000, learning_rate=3e-3, policy="diffusion")
     guided = train(edp_td3bc, 500, num_eval_actions=1)
+    print(f"Q at the centre of the circle: {smaller_q(guided[1], MODES[:1])[0]:.2f}")
+    for eta in (0.1, 1, 10):
+        policy = guided if eta == 1 else train(edp_td3bc, 500, num_eval_actions=1, eta=eta)
+        actions = sample(edp_td3bc, *policy)
+        distance = np.linalg.norm(actions.mean(axis=0) - MODES[0])
+        pay, q = 100 * reward_of(actions).mean(), smaller_q(policy[1], actions).mean()
+        print(f"eta {eta}: {pay:.0f} % pay, mean Q {q:.2f}, their mean {distance:.2f} from the centre")
     _, task = setup(bc.Args(env_id="bandit"))
     data = load_dataset(task, "none")[0].action[:NUM_SAMPLES]
     panels = {
@@ -111,18 +142,29 @@ def main(args: Args) -> None:
         "cloned by a diffusion policy": sample(bc, *diffusion),
         "EDP: guided by Q": sample(edp_td3bc, *guided),
     }
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    figure = Figure(figsize=(12, 3.7), layout="constrained")
     for ax, (title, actions) in zip(figure.subplots(1, len(panels)), panels.items()):
         draw(ax, actions, COLORS[nearest_mode(actions)], title)
-        ax.set_xlabel(f"{100 * reward_of(actions).mean():.0f} % pay")
+        ax.set_title(title, fontsize=15)
+        ax.set_xlabel(f"{100 * reward_of(actions).mean():.0f} % pay", fontsize=15)
+        ax.text(
+            *(MODES[0] + [0, RADIUS + 0.04]),
+            "pays" if ax.get_subplotspec().colspan.start else "pays: reward 1",
+            ha="center",
+            fontsize=13,
+            color="tab:red",
+        )
     save(figure, args.folder / "bandit.png", 110)
 
     steps = solver_steps(*diffusion)
     colors = COLORS[nearest_mode(steps[-1])]
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    for i, (ax, actions) in enumerate(zip(figure.subplots(2, 8).flat, steps)):
-        draw(ax, actions, colors, f"call {i + 1}" if i + 1 < len(steps) else "the actions", limit=2.5)
-    save(figure, args.folder / "solver.png", 95)
+    figure = Figure(figsize=(12, 2.9), layout="constrained")
+    shown = {f"call {call}": steps[call - 1] for call in SHOWN_CALLS} | {"the actions": steps[-1]}
+    for ax, (title, actions) in zip(figure.subplots(1, len(shown)), shown.items()):
+        draw(ax, actions, colors, title, limit=2.5)
+        ax.set_title(title, fontsize=15)
+    save(figure, args.folder / "solver.png", 110)
+    write_points(args.folder / "selection-points.js", diffusion, guided[1])
 
 
 if __name__ == "__main__":

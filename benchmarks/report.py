@@ -194,7 +194,7 @@ def tables(artefact: dict, cells: list[dict], behaviour: dict[str, float]) -> li
 
 
 def mean(cell: dict) -> str:
-    return f"{cell['mean']:.1f}" + ("" if cell["deviation"] is None else f" +- {cell['deviation']:.1f}")
+    return f"{cell['mean']:.1f}" + ("" if cell["deviation"] is None else f" ± {cell['deviation']:.1f}")
 
 
 def interquartile_mean(cell: dict) -> str:
@@ -221,35 +221,65 @@ def every_run(runs: dict[str, Result]) -> str:
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 
+def groups_of(columns: Iterable[str]) -> list[list[str]]:
+    """What is compared in a panel: EDP and its counterpart, and all that have none; without a pair, each column with
+    the first one."""
+    by_base = {}
+    for column in columns:
+        by_base.setdefault(column.removeprefix("EDP + "), []).append(column)
+    pairs = [pair for pair in by_base.values() if len(pair) == 2]
+    if pairs:
+        rest = [column for group in by_base.values() if len(group) == 1 for column in group]
+        return pairs + [rest] * bool(rest)
+    first, *others = columns
+    return [[first, other] for other in others] or [[first]]
+
+
 def draw_curves(artefact: dict, runs: dict[str, Result], behaviour: dict[str, float], file: Path) -> None:
-    """RAT and OMS so far against updates, a row for each dataset or, of means, for each mean; EDP solid, its
-    counterparts dashed. Where columns have "seconds", the processor time of an update: RAT against it, too."""
+    """RAT so far against updates, a row for each dataset or, of means, for each mean, and a panel for each group of
+    columns, EDP solid; the other columns are thin and gray. Of a single dataset or mean whose columns have "seconds",
+    the processor time of an update: a second row, against that."""
     rat = lambda scores: [METRICS["RAT"](scores[: i + 1]) for i in range(len(scores))]
-    panels = [("RAT", rat, "updates"), ("OMS", np.maximum.accumulate, "updates")]
-    if any("seconds" in spec for spec in artefact["columns"].values()):
-        panels.append(("RAT", rat, "processor seconds"))
-    base = lambda column: column.removeprefix("EDP + ")
-    colors = list(dict.fromkeys(map(base, artefact["columns"])))
     lines = lines_of(artefact, runs)[: None if artefact["kind"] == "means" else len(artefact["rows"])]
-    size = 5 * len(panels), 0.6 + 3.4 * len(lines)
+    rows = [(line, "updates") for line in lines]
+    if len(lines) == 1 and any("seconds" in spec for spec in artefact["columns"].values()):
+        rows.append((lines[0], "processor seconds"))
+    groups = groups_of(artefact["columns"])
+    chunks = -(-len(groups) // 4)  # at most four panels side by side
+    width = -(-len(groups) // chunks)
+    size = max(4.5, min(7.4, 2.4 * width)), chunks * (0.35 + 1.75 * len(rows))
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(lines), len(panels), squeeze=False, sharey="row")
-    for (name, _, rows), axes_of_row in zip(lines, axes):
-        of_data = [behaviour.get(row["data"]) for row in rows]
-        for ax, (metric, curve, unit) in zip(axes_of_row, panels):
-            for column, spec in artefact["columns"].items():
-                found = [run for row in rows if (run := runs.get(row["runs"][column])) and run.updates]
-                each = 1 if unit == "updates" else spec.get("seconds")
-                together = len(found) == len(rows) and all(run.updates == found[0].updates for run in found)
-                if together and each and "acting" not in spec:
-                    style = f"C{colors.index(base(column))}" + ("--" if base(column) == column else "-")
-                    scores = np.mean([np.mean(curve(run.scores), axis=1) for run in found], axis=0)
-                    ax.plot(np.multiply(found[0].updates, each), scores, style, label=column)
-            if None not in of_data:
-                ax.axhline(np.mean(of_data), color="gray", linestyle=":", label="behaviour")
-            ax.set(title=f"{name}: {metric}", xlabel=unit)
-        axes_of_row[0].set_ylabel("score, mean over seeds")
-    save(figure, axes, file)
+    axes = figure.subplots(chunks * len(rows), width, squeeze=False, sharey="row")
+    for i, j in np.ndindex(*axes.shape):
+        ax, row, at = axes[i, j], i % len(rows), i // len(rows) * width + j
+        if at >= len(groups):
+            ax.set_axis_off()
+            continue
+        (name, _, of), unit = rows[row]
+        for column, spec in artefact["columns"].items():
+            found = [run for one in of if (run := runs.get(one["runs"][column])) and run.updates]
+            each = 1 if unit == "updates" else spec.get("seconds")
+            together = len(found) == len(of) and all(run.updates == found[0].updates for run in found)
+            if together and each and "acting" not in spec:
+                scores = np.mean([np.mean(rat(run.scores), axis=1) for run in found], axis=0)
+                style = {"color": "0.8", "linewidth": 0.7, "zorder": 1}
+                if column in groups[at]:
+                    place = groups[at].index(column)
+                    dashed = len(groups[at]) == 2 and f"EDP + {column}" in groups[at]
+                    style = {"color": f"C{place}", "linestyle": "--" if dashed else "-", "label": column}
+                ax.plot(np.multiply(found[0].updates, each), scores, **style)
+        of_data = [behaviour.get(one["data"]) for one in of]
+        if None not in of_data:
+            ax.axhline(np.mean(of_data), color="gray", linestyle=":", linewidth=1)
+        ax.tick_params(labelsize=7)
+        ax.locator_params(nbins=4)
+        if row == 0:
+            ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8, frameon=False, borderpad=0.1)
+        if row == len(rows) - 1 or unit != rows[row + 1][1]:
+            ax.set_xlabel(unit, fontsize=8)
+        if j == 0:
+            ax.set_ylabel(f"{name}\nRAT", fontsize=8)
+    save(figure, axes, file, legend=False)
 
 
 def draw_sweep(artefact: dict, cells: list[dict], behaviour: dict[str, float], file: Path) -> None:
@@ -283,10 +313,11 @@ def draw_speed(lines: list[dict[str, str]], file: Path) -> None:
     save(figure, axes, file)
 
 
-def save(figure: Figure, axes: np.ndarray, file: Path) -> None:
+def save(figure: Figure, axes: np.ndarray, file: Path, legend: bool = True) -> None:
     shown = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5, fontsize="small")
-    figure.savefig(file, dpi=110)
+    if legend:
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(file, dpi=150)
 
 
 # ------------------------------------------------------------------------------------------------------------ reports

@@ -249,21 +249,33 @@ def record(settings: Settings, sections: dict[str, Callable], suffix: str = "") 
 
 
 def draw_chart(results: dict, peers: dict | None, file: Path) -> None:
-    """Updates per second of all that were measured, and of the peers."""
-    title = "blue: {device}, {cores} core(s)".format(**results["machine"])
-    bars = [(row["label"], row["repeats"], "tab:blue") for row in results.get("updates", {}).values()]
+    """Updates per second of all that were measured, and of the peers, the fastest first; points, as a bar on a
+    logarithmic axis has no length that means anything."""
+    machine, rows = results["machine"], results.get("updates", {})
+    cores = {1: "one core", 2: "two cores"}.get(machine["cores"], f"{machine['cores']} cores")
+    where = f"{cores} of an {machine['device']}" if machine["device"] == machine["processor"] else machine["device"]
+    title = f"Updates per second on {where}" + (", and as a multiple of Diffusion-QL's" if "dql" in rows else "")
+    points = [(row["label"], row["repeats"], "tab:blue") for row in rows.values()]
     if peers:
-        bars += [(name, [speed], "tab:gray") for name, speed in peers["updates_per_second"].items()]
-        title += f"\ngray: {peers['machine']}"
-    figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
-    for y, (_, speeds, color) in enumerate(bars):
+        points += [(name, [speed], "tab:gray") for name, speed in peers["updates_per_second"].items()]
+        title += f"\ngray: other implementations, on {peers['machine']}"
+    slow = np.median(rows["dql"]["repeats"]) if "dql" in rows else None
+    figure, ax = plt.subplots(figsize=(7.4, 0.9 + 0.32 * len(points)), layout="constrained")
+    points.sort(key=lambda point: np.median(point[1]), reverse=True)
+    for y, (_, speeds, color) in enumerate(points):
         median = np.median(speeds)
-        ax.barh(y, median, color=color, xerr=[[median - min(speeds)], [max(speeds) - median]], capsize=3)
+        ax.plot([min(speeds), max(speeds)], [y, y], color=color, linewidth=2)
+        ax.plot(median, y, "o", color=color)
         text = f"{median:,.0f}" if median >= 100 else f"{median:.3g}"
-        ax.annotate(f"  {text}", (max(speeds), y), va="center")
-    ax.set_yticks(range(len(bars)), [label for label, *_ in bars])
-    ax.set(xscale="log", xlabel="updates per second", xmargin=0.2)
-    ax.set_title(title, fontsize="medium")
+        if slow and color == "tab:blue" and median > 1.5 * slow:
+            text += f", {median / slow:.0f} times"
+        ax.annotate(f"  {text}", (max(speeds), y), va="center", xytext=(4, 0), textcoords="offset points")
+    ax.set_yticks(range(len(points)), [label for label, *_ in points])
+    ax.set(xscale="log", xlabel="updates per second, logarithmic")
+    low, high = ax.get_xlim()
+    ax.set_xlim(low, high * 5)  # for the text beside the points
+    ax.grid(axis="x", color="0.9")
+    figure.suptitle(title, fontsize="medium")
     ax.invert_yaxis()
     figure.savefig(file, dpi=150)
     plt.close(figure)

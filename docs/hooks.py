@@ -5,14 +5,17 @@
     <!-- side by side: iql edp_iql -->       two files of algorithms/, line by line, with the words that differ marked
     $...$, $$...$$                           MathML, which browsers show by themselves, in the font STIX Two Math
     [text](../benchmarks/results/x.csv)      the file becomes part of the site; README.md is its first page
+    x.ipynb                                  a page with the notebook's code, and the output that is kept in it
 
 A source file, a function or an equation that is missing ends the build.
 """
 
 import ast
+import base64
 import difflib
 import html
 import itertools
+import json
 import posixpath
 import re
 from functools import cache
@@ -36,7 +39,11 @@ FOLD = 6  # as few lines are not worth a fold
 
 
 def on_files(files, config):
-    files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text()))
+    first, rest = (ROOT / "README.md").read_text().split("\n## ", 1)  # the first screen has a style of its own
+    front = f'---\nhide: [navigation, toc]\n---\n\n<div class="front" markdown>\n\n{first}\n\n</div>\n\n## {rest}'
+    files.append(File.generated(config, "index.md", content=front))
+    for notebook in (ROOT / "docs").glob("*.ipynb"):
+        add_notebook(notebook, config, files)
     font = package_files("ziamath.fonts") / "STIXTwoMath-Regular.ttf"
     files.append(File.generated(config, "assets/STIXTwoMath-Regular.ttf", abs_src_path=str(font)))
 
@@ -46,7 +53,7 @@ def on_page_markdown(markdown, page, config, files):
     uri = page.file.src_uri
     if uri == "differences.md":  # a place for each note, which the other pages link to
         markdown = re.sub(r"^\| (D\d+) \|", r'| <span id="\1">\1</span> |', markdown, flags=re.MULTILINE)
-    folder = ROOT if uri == "index.md" else Path(page.file.abs_src_path).parent
+    folder = ROOT if uri == "index.md" else (ROOT / "docs" / uri).parent
     link = lambda match: site_link(match, folder, uri, config, files)
     markdown = re.sub(r"\[([^\[\]]*(?:!\[[^\]]*\]\([^)]*\))?)\]\(([^)#\s:]+)(#[^)\s]*)?\)", link, markdown)
     mark = r"^<!-- code: (\S+) (\w+)(?: to (\w+))? -->\n(.*?)(?=^<!-- code|^## |\Z)"  # last: code is full of [a](b)
@@ -56,6 +63,26 @@ def on_page_markdown(markdown, page, config, files):
 def on_page_content(content, page, config, files):
     content = re.sub(r"<!-- side by side: (\w+) (\w+) -->", lambda match: side_by_side(*match.groups()), content)
     return re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', mathml, content, flags=re.DOTALL)
+
+
+def add_notebook(path: Path, config, files) -> None:
+    """A page of its cells as they are, and a file for each picture."""
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for output in cell.get("outputs", []):
+            if "text" in output:
+                text = "".join(output["text"]).rstrip()
+                parts.append(f"```{'diff' if text.startswith('---') else 'text'}\n{text}\n```")
+            elif picture := output.get("data", {}).get("image/png"):
+                name = f"{path.stem}/{len(parts)}.png"
+                files.append(File.generated(config, name, content=base64.b64decode("".join(picture))))
+                parts.append(f"![what the cell above draws]({name})")
+    parts.insert(
+        1, f"It is a [notebook]({path.name}): this page shows it with its output. To run it: `pip install jupyterlab`."
+    )
+    files.append(File.generated(config, f"{path.stem}.md", content="\n\n".join(parts) + "\n"))
 
 
 def mathml(match) -> str:
@@ -69,12 +96,15 @@ def site_link(match, folder: Path, uri: str, config, files) -> str:
     path = (folder / target).resolve()
     if path.is_dir():  # a folder is no page
         return text
-    if not path.is_relative_to(ROOT) or not (path.is_file() or files.get_file_from_path(target)):
+    made = posixpath.normpath(posixpath.join(posixpath.dirname(uri), target))  # a page or a picture of a notebook
+    if not path.is_relative_to(ROOT) or not (path.is_file() or files.get_file_from_path(made)):
         raise PluginError(f"{uri} links to {target}, which is not there")
     if path == ROOT / "README.md":
         target = "index.md"
     elif path.is_relative_to(ROOT / "docs"):
         target = path.relative_to(ROOT / "docs").as_posix()
+        if path.suffix == ".ipynb" and not uri.startswith(path.stem):
+            target = path.relative_to(ROOT / "docs").with_suffix(".md").as_posix()
     else:
         target = f"repository/{path.relative_to(ROOT).as_posix()}"
         if files.get_file_from_path(target) is None:
@@ -205,7 +235,8 @@ def side_by_side(left: str, right: str) -> str:
     heads = "".join(f"<b>algorithms/{name}.py</b>" for name in (left, right))
     count = f"<p>{removed} lines of <code>{left}.py</code> became {added} of <code>{right}.py</code>.</p>"
     return (
-        f'{count}<div class="sides highlight" data-search-exclude><div class="heads">{heads}</div>{"".join(out)}</div>'
+        f"{count}<section data-search-exclude>"  # search ends an exclusion at the first closing tag of its name
+        f'<div class="sides highlight"><div class="heads">{heads}</div>{"".join(out)}</div></section>'
     )
 
 

@@ -34,6 +34,7 @@ PAIRS = sorted(path.stem for path in (ROOT / "docs" / "side-by-side").glob("*-*.
 # ---------------------------------------------------------------------------------------------------------- commands
 
 NOT_RUN = {  # and why
+    "git clone <this repository> edp && cd edp": "this is that clone",
     "python minimal/edp.py": "test_minimal.py runs it, slow",
     "python minimal/edp.py D4RL/pen/expert-v2 --updates 10000": "downloads; test_minimal.py runs it on local data",
     **dict.fromkeys(("python make_logs.py", "python make_dataset.py", "python act.py"), "test_offline.py runs them"),
@@ -41,7 +42,7 @@ NOT_RUN = {  # and why
     "python3 -m venv .venv && source .venv/bin/activate": "sets up an environment, as `make test` did for this one",
     "pip install -r requirements-dev.txt && python -m pytest -m 'not slow' -n 2 --dist worksteal": "these very tests",
     "cp algorithms/edp_td3bc.py algorithms/edp_mean_q.py": "the fixture `exercise` does it",
-    "python algorithms/edp_mean_q.py --env-id pointmaze-umaze": "test_the_exercise_trains runs it",
+    "python algorithms/edp_mean_q.py --env-id pointmaze-umaze --num-updates 2000": "test_the_exercise_trains runs it",
     "diff algorithms/edp_td3bc.py algorithms/edp_mean_q.py": "the fixture `exercise` counts its lines",
 }
 
@@ -139,36 +140,39 @@ def test_reference_returns_of_the_docs():
 
 @pytest.fixture
 def exercise(tmp_path, monkeypatch):
-    """The algorithm that docs/your-own.md makes of edp_td3bc.py."""
-    patch = re.search(r"```diff\n(.*?)```", (ROOT / "docs" / "your-own.md").read_text(), flags=re.DOTALL)[1]
-    changed = original = (SCRIPTS / "edp_td3bc.py").read_text()
-    for minus, plus in re.findall(r"((?:^-(?!--).*\n)+)((?:^\+(?!\+\+).*\n)+)", patch, flags=re.MULTILINE):
-        old, new = ("".join(line[1:] + "\n" for line in part.splitlines()) for part in (minus, plus))
-        assert changed.count(old) == 1
-        changed = changed.replace(old, new)
-    lines = [line[0] for line in difflib.ndiff(original.splitlines(), changed.splitlines())]
-    assert (lines.count("-"), lines.count("+")) == (4, 2), "four lines go and two come"
-    (tmp_path / "edp_mean_q.py").write_text(changed)
-    monkeypatch.syspath_prepend(tmp_path)
+    """The algorithm that docs/your-own.md makes of edp_td3bc.py: both patches, as `git apply` takes them."""
+    one, two = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "your-own.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "algorithms").mkdir()
+    copied = tmp_path / "algorithms" / "edp_mean_q.py"
+    original = (SCRIPTS / "edp_td3bc.py").read_text()
+    copied.write_text(original)
+    for patch in (one, two):
+        subprocess.run(["git", "apply"], input=patch, cwd=tmp_path, check=True, text=True)
+        if patch == one:
+            lines = [line[0] for line in difflib.ndiff(original.splitlines(), copied.read_text().splitlines())]
+            assert (lines.count("-"), lines.count("+")) == (4, 2), "four lines go and two come"
+    monkeypatch.syspath_prepend(copied.parent)
     monkeypatch.chdir(tmp_path)
     yield importlib.import_module("edp_mean_q")
     del sys.modules["edp_mean_q"]
 
 
-def test_the_exercise_guides_by_the_mean_of_both_critics(exercise, quick_networks):
-    args = make_args(exercise, TINY, learning_rate=3e-4, eta=1.0)
+def test_the_exercise_guides_by_the_mean_of_both_critics_or_the_smaller_one(exercise, quick_networks):
     batch = Dataset(*(jnp.full(shape, 0.1) for shape in [(8, 4), (8, 2), (8,), (8, 4), (8,)]))
 
-    @jax.jit
-    def guidance(key):
+    def metrics(pessimism):
+        args = make_args(exercise, TINY, learning_rate=3e-4, eta=1.0, pessimism=pessimism)
+        key = jax.random.key(0)
         state = exercise.init_state(key, 4, 2, args)
-        # Q_1 is 3 and Q_2 is -1 everywhere: guided by the mean, the loss is -1 / |1|
+        # Q_1 is 3 and Q_2 is -1 everywhere, so that the mean is 1
         last = state.critics.mlp.layers[-1]
         last = eqx.tree_at(lambda last: (last.weight, last.bias), last, (0 * last.weight, jnp.array([[3.0], [-1.0]])))
         critics = eqx.tree_at(lambda critics: critics.mlp.layers[-1], state.critics, last)
-        return exercise.policy_loss(state.policy, critics, batch, key, args)[1]["guidance_loss"]
+        return exercise.policy_loss(state.policy, critics, batch, key, args)[1]
 
-    assert guidance(jax.random.key(0)) == -1
+    for pessimism, guidance in ((0.0, -1), (1.0, 1)):
+        found = jax.jit(metrics, static_argnums=0)(pessimism)
+        assert (found["guidance_loss"], found["critic_gap"]) == (guidance, 4)
 
 
 @pytest.mark.slow
@@ -215,7 +219,8 @@ class Page(HTMLParser):
 
 def test_every_page_and_every_link_is_there_and_nothing_is_fetched(site):
     pages = {path: Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
-    expected = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in PAGES[1:]} | {Path("index.html")}
+    sources = [*PAGES[1:], *(ROOT / "docs").glob("*.ipynb")]
+    expected = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in sources} | {Path("index.html")}
     assert {path.relative_to(site) for path in pages} == expected
     for path, page in pages.items():
         assert not [load for load in page.loads if urlsplit(load).netloc], path
@@ -230,6 +235,21 @@ def test_every_page_and_every_link_is_there_and_nothing_is_fetched(site):
     for style in site.rglob("*.css"):
         for url in re.findall(r"(?:@import|url\()\s*[\"']?([^\"')]+)", style.read_text()):
             assert not re.match(r"(https?:)?//", url), f"{style.name} fetches {url}"
+
+
+def test_the_notebook_is_a_page_with_its_code_and_its_pictures(site):
+    text = (site / "edp_in_ten_minutes.html").read_text()
+    cells = json.loads((ROOT / "docs" / "edp_in_ten_minutes.ipynb").read_text())["cells"]
+    blocks = [plain(block).strip() for block in re.findall(r"<pre>.*?<code>(.*?)</code></pre>", text, flags=re.DOTALL)]
+    assert all("".join(cell["source"]) in blocks for cell in cells if cell["cell_type"] == "code")
+    pictures = [output for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    assert len(list((site / "edp_in_ten_minutes").glob("*.png"))) == len(pictures)
+
+
+def test_search_finds_no_code_of_the_side_by_side_pages(site):
+    entries = json.loads((site / "search" / "search_index.json").read_text())["docs"]
+    texts = [entry["text"] for entry in entries if entry["location"].startswith("side-by-side/edp_td3bc-edp_iql")]
+    assert texts and not any("jax.random" in text for text in texts)
 
 
 def plain(markup: str) -> str:

@@ -120,7 +120,7 @@ def test_the_papers_number_stands_in_a_column_of_its_own_and_is_marked_where_the
     row = {"data": "hopper-medium", "task": "hopper-medium", "runs": {"EDP + IQL": "x"}, "differs": []}
     text = report.write_report(tmp_path, "t", artefact_of(row), report.read_runs(tmp_path))
     assert "| | behaviour | EDP + IQL | EDP + IQL, paper |" in text
-    assert "| hopper-medium | 7.2 | 7.5 +- 1.4 | 63.1 |" in text  # of 6.5 and 8.5; Table 5 has 63.1
+    assert "| hopper-medium | 7.2 | 7.5 ± 1.4 | 63.1 |" in text  # of 6.5 and 8.5; Table 5 has 63.1
     row["differs"] = ["hopper-medium: other data"]
     text = report.write_report(tmp_path, "t", artefact_of(row), report.read_runs(tmp_path))
     assert "| 63.1* |" in text and "- hopper-medium: other data" in text
@@ -152,21 +152,29 @@ def test_the_mean_over_local_datasets_stands_last_where_all_have_scores(tmp_path
 
 def test_curves_against_processor_time_are_those_against_updates_stretched(tmp_path, write_run, monkeypatch):
     drawn = []
-    monkeypatch.setattr(report, "save", lambda figure, axes, file: drawn.append(axes))
+    monkeypatch.setattr(report, "save", lambda figure, axes, file, legend: drawn.append(axes))
     write_run("x", np.random.default_rng(0).normal(size=(2, 3, 4)))
     row = {"data": "a", "task": None, "runs": {"EDP + IQL": "x"}, "differs": []}
     for spec in ({"flags": "edp_iql"}, {"flags": "edp_iql", "seconds": 0.5}):
         artefact = artefact_of(row, columns={"EDP + IQL": spec})
         report.draw_curves(artefact, report.read_runs(tmp_path), {}, tmp_path / "t.png")
-    (without,), (axes,) = drawn
-    updates, stretched = (axes[i].lines[0].get_xydata() for i in (0, 2))
-    assert len(without) == 2 and axes[2].get_xlabel() == "processor seconds"
+    without, axes = drawn
+    updates, stretched = (axes[i, 0].lines[0].get_xydata() for i in (0, 1))
+    assert without.shape == (1, 1) and axes[1, 0].get_xlabel() == "processor seconds"
     np.testing.assert_allclose(stretched, updates * [0.5, 1])
+
+
+def test_a_panel_shows_edp_with_its_counterpart_or_a_setting_with_the_first():
+    columns = ["BC", "IQL", "EDP + IQL", "TD3+BC", "EDP + TD3+BC", "Diffusion-QL"]
+    pairs = [["IQL", "EDP + IQL"], ["TD3+BC", "EDP + TD3+BC"], ["BC", "Diffusion-QL"]]
+    assert report.groups_of(columns) == pairs
+    assert report.groups_of(["fast", "a", "b"]) == [["fast", "a"], ["fast", "b"]]
+    assert report.groups_of(["fast"]) == [["fast"]]
 
 
 def test_the_curve_of_a_mean_is_the_mean_of_the_datasets_curves(tmp_path, write_run, monkeypatch):
     drawn = []
-    monkeypatch.setattr(report, "save", lambda figure, axes, file: drawn.append(axes))
+    monkeypatch.setattr(report, "save", lambda figure, axes, file, legend: drawn.append(axes))
     rows = []
     for name in ("a", "b"):
         write_run(name, np.random.default_rng(len(rows)).normal(size=(2, 3, 4)), reference=(0.0, 100.0))
@@ -174,10 +182,10 @@ def test_the_curve_of_a_mean_is_the_mean_of_the_datasets_curves(tmp_path, write_
     for kind in ("table", "means"):
         artefact, behaviour = artefact_of(*rows, kind=kind), {"a": 1.0, "b": 4.0}
         report.draw_curves(artefact, report.read_runs(tmp_path), behaviour, tmp_path / "t.png")
-    each, ((mean, _),) = drawn
+    each, ((mean,),) = drawn
     a, b, of_both = (axes.lines[0].get_xydata() for axes in (each[0, 0], each[1, 0], mean))
     np.testing.assert_allclose(of_both, (a + b) / 2)
-    assert set(mean.lines[1].get_ydata()) == {2.5} and mean.get_title() == "all 2: RAT"
+    assert set(mean.lines[1].get_ydata()) == {2.5} and mean.get_ylabel() == "all 2\nRAT"
 
 
 def test_table_6_has_the_papers_rat_beside_last_scores(tmp_path, write_run):
