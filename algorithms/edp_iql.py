@@ -35,7 +35,7 @@ import tyro
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from common.diffusion import Prediction, ScheduleName, corrupt, ddpm_sample, implied_noise, make_schedule
-from common.dpm_solver import dpm_solver_sample, solver_orders
+from common.dpm_solver import Spacing, dpm_solver_sample, solver_orders
 from common.harness import Dataset, Loss, Preset, RewardRule, Run, load_dataset, setup
 from common.harness.flags import NonNegative, Positive, UnitInterval
 from common.networks import Critic, NoisePredictor, Value, init_twin_critics, twin_q
@@ -76,6 +76,8 @@ class Args:
     eval_episodes: Positive[int] | None = None
     """episodes of each evaluation, for each seed: 10; in mazes and bandit 100, in OGBench 50"""
     num_eval_actions: Positive[int] = 10  # N of energy-based action selection (Alg. 2); 1 is plain sampling
+    q_times: NonNegative[float] = 1.0  # multiplies Q in the choice
+    num_best: NonNegative[int] = 0  # act by the mean of this many candidates, those of largest Q; 0 draws one
     policy_temperature: NonNegative[float] = 1.0  # scales the predicted noise when acting (C.4)
     init_noise_scale: NonNegative[float] = 1.0  # scales the initial noise a^K when acting (C.4)
 
@@ -84,6 +86,7 @@ class Args:
     """updates: 2,000,000; in antmaze, adroit, kitchen and OGBench 1,000,000, in pointmaze 3,000, in bandit 400"""
     batch_size: Positive[int] = 256  # transitions of an update
     learning_rate: Positive[float] | None = None  # Adam's, all networks: 3e-4; in adroit 3e-5 (Table 3), in bandit 3e-3
+    policy_learning_rate: NonNegative[float] = 0.0  # the policy's own; 0 is --learning-rate
     lr_decay: bool = False  # cosine decay of the policy's learning rate to 0
     max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network (Table 3)
     gamma: UnitInterval[float] = 0.99  # discount
@@ -97,6 +100,7 @@ class Args:
     sampler: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver, or all K steps of DDPM
     num_solver_calls: Positive[int] = 15  # network calls of DPM-Solver
     solver_order: Positive[int] = 3  # order of DPM-Solver: 1 (DDIM), 2 or 3
+    solver_spacing: Spacing = "time_uniform"  # of its steps; "logSNR" narrows policies less
 
     # Algorithm
     eta: NonNegative[float] | None = None
@@ -123,7 +127,8 @@ class TrainState(NamedTuple):
 def make_optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """(the policy's, the other networks'): Adam after a clip of the global gradient norm."""
     clip, rate = optax.clip_by_global_norm(args.max_grad_norm), args.learning_rate
-    policy_rate = optax.cosine_decay_schedule(rate, args.num_updates) if args.lr_decay else rate
+    policy_rate = args.policy_learning_rate or rate
+    policy_rate = optax.cosine_decay_schedule(policy_rate, args.num_updates) if args.lr_decay else policy_rate
     return optax.chain(clip, optax.adam(policy_rate)), optax.chain(clip, optax.adam(rate))
 
 
@@ -182,7 +187,8 @@ def sample_action(
     noise_fn = lambda a_k, k: temperature * implied_noise(args.prediction, schedule, a_k, k, predict(obs, a_k, k))
     if args.sampler == "ddpm":
         return ddpm_sample(noise_fn, schedule, noise, chain_key, clip=True)
-    return dpm_solver_sample(noise_fn, schedule, noise, args.num_solver_calls, args.solver_order, clip=True)
+    solver = args.num_solver_calls, args.solver_order, args.solver_spacing
+    return dpm_solver_sample(noise_fn, schedule, noise, *solver, clip=True)
 
 
 # ------------------------------------------------------------------------------------------------------- losses
@@ -276,7 +282,9 @@ def select_action(
     candidate_obs = jnp.tile(obs, (args.num_eval_actions, 1))
     action = sample_action(state.policy, candidate_obs, sample_key, args, acting=True)
     q = twin_q(state.critics, candidate_obs, action).min(axis=0)
-    return action[jax.random.categorical(choice_key, q)]
+    if args.num_best:
+        return action[jax.lax.top_k(q, args.num_best)[1]].mean(axis=0)
+    return action[jax.random.categorical(choice_key, args.q_times * q)]
 
 
 # of every seed, for a batch of observations: (seeds, batch, obs_dim) and keys (seeds, batch) to (seeds, batch, act_dim)

@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 
 from common.diffusion import Schedule
 
+Spacing = Literal["time_uniform", "logSNR"]
+
 
 def solver_orders(num_calls: int, order: int) -> list[int]:
     """Order of each step, summing to `num_calls` (Lu et al. 2022, Sec. 3.4). Raises ValueError if impossible."""
@@ -32,7 +34,7 @@ def dpm_solver_sample(
     x_init: Float[Array, "..."],
     num_calls: int = 15,
     order: int = 3,
-    skip: Literal["time_uniform", "logSNR"] = "time_uniform",
+    skip: Spacing = "time_uniform",
     t_end: float = 1e-3,
     clip: bool = False,
 ) -> Float[Array, "..."]:
