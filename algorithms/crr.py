@@ -37,6 +37,7 @@ from common.networks import Critic, GaussianPolicy, init_twin_critics, twin_q
 
 # ---------------------------------------------------------------------------------------------------- arguments
 NUM_BACKUP_ACTIONS = 10  # of --max-q-backup, as in Diffusion-QL's code
+POLICY_TARGET_START, POLICY_TARGET_EVERY = 1000, 5  # updates, as in Diffusion-QL's code
 MAX_WEIGHT = 20.0  # CRR's paper and the official code
 
 
@@ -78,13 +79,10 @@ class Args:
     """updates: 2,000,000; in antmaze, adroit, kitchen and OGBench 1,000,000, in pointmaze 3,000, in bandit 400"""
     batch_size: Positive[int] = 256  # transitions of an update
     learning_rate: Positive[float] = 3e-4  # Adam's, for all networks (D20)
-    policy_learning_rate: NonNegative[float] = 0.0  # the policy's own; 0 is --learning-rate
     lr_decay: bool = False  # cosine decay of the policy's learning rate to 0
     max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network (Table 3)
     gamma: UnitInterval[float] = 0.99  # discount
     tau: UnitInterval[float] = 0.005  # Polyak rate of the targets
-    policy_target_start: NonNegative[int] = 1000  # updates until the target policy moves, as in Diffusion-QL's code
-    policy_target_every: Positive[int] = 5  # updates between its moves, as in Diffusion-QL's code
     critic_layer_norm: bool = False  # layer normalisation in the value networks (RLPD, Ball et al. 2023; ReBRAC)
 
     # Algorithm
@@ -106,8 +104,7 @@ class TrainState(NamedTuple):
 def make_optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """(the policy's, the other networks'): Adam after a clip of the global gradient norm."""
     clip, rate = optax.clip_by_global_norm(args.max_grad_norm), args.learning_rate
-    policy_rate = args.policy_learning_rate or rate
-    policy_rate = optax.cosine_decay_schedule(policy_rate, args.num_updates) if args.lr_decay else policy_rate
+    policy_rate = optax.cosine_decay_schedule(rate, args.num_updates) if args.lr_decay else rate
     return optax.chain(clip, optax.adam(policy_rate)), optax.chain(clip, optax.adam(rate))
 
 
@@ -192,7 +189,7 @@ def train_step(state: TrainState, update: Int[Array, ""], key: PRNGKeyArray, dat
 
     # Move the targets
     target_critics = optax.incremental_update(critics, state.target_critics, args.tau)
-    policy_moves = (update > args.policy_target_start) & (update % args.policy_target_every == 0)
+    policy_moves = (update > POLICY_TARGET_START) & (update % POLICY_TARGET_EVERY == 0)
     target_policy = optax.incremental_update(policy, state.target_policy, jnp.where(policy_moves, args.tau, 0.0))
 
     state = TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)

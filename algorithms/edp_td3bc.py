@@ -40,6 +40,7 @@ from common.networks import Critic, NoisePredictor, init_twin_critics, twin_q
 
 # ---------------------------------------------------------------------------------------------------- arguments
 NUM_BACKUP_ACTIONS = 10  # of --max-q-backup, as in Diffusion-QL's code
+POLICY_TARGET_START, POLICY_TARGET_EVERY = 1000, 5  # updates, as in Diffusion-QL's code
 
 
 @jax.tree_util.register_static
@@ -74,8 +75,6 @@ class Args:
     eval_episodes: Positive[int] | None = None
     """episodes of each evaluation, for each seed: 10; in mazes and bandit 100, in OGBench 50"""
     num_eval_actions: Positive[int] = 10  # N of energy-based action selection (Alg. 2); 1 is plain sampling
-    q_times: NonNegative[float] = 1.0  # multiplies Q in the choice
-    num_best: NonNegative[int] = 0  # act by the mean of this many candidates, those of largest Q; 0 draws one
     policy_temperature: NonNegative[float] = 1.0  # scales the predicted noise when acting (C.4)
     init_noise_scale: NonNegative[float] = 1.0  # scales the initial noise a^K when acting (C.4)
 
@@ -84,13 +83,10 @@ class Args:
     """updates: 2,000,000; in antmaze, adroit, kitchen and OGBench 1,000,000, in pointmaze 3,000, in bandit 400"""
     batch_size: Positive[int] = 256  # transitions of an update
     learning_rate: Positive[float] | None = None  # Adam's, all networks: 3e-4; in adroit 3e-5 (Table 3), in bandit 3e-3
-    policy_learning_rate: NonNegative[float] = 0.0  # the policy's own; 0 is --learning-rate
     lr_decay: bool = False  # cosine decay of the policy's learning rate to 0
     max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network (Table 3)
     gamma: UnitInterval[float] = 0.99  # discount
     tau: UnitInterval[float] = 0.005  # Polyak rate of the targets
-    policy_target_start: NonNegative[int] = 1000  # updates until the target policy moves, as in Diffusion-QL's code
-    policy_target_every: Positive[int] = 5  # updates between its moves, as in Diffusion-QL's code
     critic_layer_norm: bool = False  # layer normalisation in the value networks (RLPD, Ball et al. 2023; ReBRAC)
 
     # Diffusion
@@ -126,8 +122,7 @@ class TrainState(NamedTuple):
 def make_optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """(the policy's, the other networks'): Adam after a clip of the global gradient norm."""
     clip, rate = optax.clip_by_global_norm(args.max_grad_norm), args.learning_rate
-    policy_rate = args.policy_learning_rate or rate
-    policy_rate = optax.cosine_decay_schedule(policy_rate, args.num_updates) if args.lr_decay else policy_rate
+    policy_rate = optax.cosine_decay_schedule(rate, args.num_updates) if args.lr_decay else rate
     return optax.chain(clip, optax.adam(policy_rate)), optax.chain(clip, optax.adam(rate))
 
 
@@ -249,7 +244,7 @@ def train_step(state: TrainState, update: Int[Array, ""], key: PRNGKeyArray, dat
 
     # Move the targets
     target_critics = optax.incremental_update(critics, state.target_critics, args.tau)
-    policy_moves = (update > args.policy_target_start) & (update % args.policy_target_every == 0)
+    policy_moves = (update > POLICY_TARGET_START) & (update % POLICY_TARGET_EVERY == 0)
     target_policy = optax.incremental_update(policy, state.target_policy, jnp.where(policy_moves, args.tau, 0.0))
 
     state = TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
@@ -273,9 +268,7 @@ def select_action(
     candidate_obs = jnp.tile(obs, (args.num_eval_actions, 1))
     action = sample_action(state.policy, candidate_obs, sample_key, args, acting=True)
     q = twin_q(state.critics, candidate_obs, action).min(axis=0)
-    if args.num_best:
-        return action[jax.lax.top_k(q, args.num_best)[1]].mean(axis=0)
-    return action[jax.random.categorical(choice_key, args.q_times * q)]
+    return action[jax.random.categorical(choice_key, q)]
 
 
 # of every seed, for a batch of observations: (seeds, batch, obs_dim) and keys (seeds, batch) to (seeds, batch, act_dim)

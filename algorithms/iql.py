@@ -78,7 +78,6 @@ class Args:
     """updates: 2,000,000; in antmaze, adroit, kitchen and OGBench 1,000,000, in pointmaze 3,000, in bandit 400"""
     batch_size: Positive[int] = 256  # transitions of an update
     learning_rate: Positive[float] = 3e-4  # Adam's, for all networks (D20)
-    policy_learning_rate: NonNegative[float] = 0.0  # the policy's own; 0 is --learning-rate
     lr_decay: bool = False  # cosine decay of the policy's learning rate to 0
     max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network (Table 3)
     gamma: UnitInterval[float] = 0.99  # discount
@@ -105,8 +104,7 @@ class TrainState(NamedTuple):
 def make_optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """(the policy's, the other networks'): Adam after a clip of the global gradient norm."""
     clip, rate = optax.clip_by_global_norm(args.max_grad_norm), args.learning_rate
-    policy_rate = args.policy_learning_rate or rate
-    policy_rate = optax.cosine_decay_schedule(policy_rate, args.num_updates) if args.lr_decay else policy_rate
+    policy_rate = optax.cosine_decay_schedule(rate, args.num_updates) if args.lr_decay else rate
     return optax.chain(clip, optax.adam(policy_rate)), optax.chain(clip, optax.adam(rate))
 
 

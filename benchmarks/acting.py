@@ -36,8 +36,8 @@ from common.harness.recorder import mean_and_deviation
 from common.harness.tasks import normalized_score
 
 ALGORITHMS = [path.stem for path in (Path(__file__).parents[1] / "algorithms").glob("[!_]*.py")]
-SETTINGS = ("num_eval_actions", "q_times", "num_best", "policy_temperature", "init_noise_scale", "sampler")
-SETTINGS += ("num_solver_calls", "solver_order", "solver_spacing")
+SETTINGS = ("num_eval_actions", "policy_temperature", "init_noise_scale", "sampler", "num_solver_calls")
+SETTINGS += ("solver_order", "solver_spacing")
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,6 @@ class Args:
     """folders of runs"""
     num_eval_actions: tuple[int, ...] = ()
     """N of energy-based action selection (Alg. 2)"""
-    q_times: tuple[float, ...] = ()
-    """multiplies Q in the choice"""
-    num_best: tuple[int, ...] = ()
-    """act by the mean of this many candidates, those of largest Q; 0 draws one"""
     policy_temperature: tuple[float, ...] = ()
     """scales the predicted noise (C.4)"""
     init_noise_scale: tuple[float, ...] = ()
