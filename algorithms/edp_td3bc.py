@@ -32,8 +32,8 @@ import optax
 import tyro
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from common.diffusion import Prediction, ScheduleName, corrupt, ddpm_sample, implied_noise, make_schedule
-from common.dpm_solver import Spacing, dpm_solver_sample, solver_orders
+from common.diffusion import Prediction, ScheduleName, Spacing, corrupt, ddpm_sample, implied_noise, make_schedule
+from common.dpm_solver import dpm_solver_sample, solver_orders
 from common.harness import Dataset, Loss, Preset, RewardRule, Run, load_dataset, setup
 from common.harness.flags import NonNegative, Positive, UnitInterval
 from common.networks import Critic, NoisePredictor, init_twin_critics, twin_q
@@ -96,7 +96,7 @@ class Args:
     sampler: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver, or all K steps of DDPM
     num_solver_calls: Positive[int] = 15  # network calls of DPM-Solver
     solver_order: Positive[int] = 3  # order of DPM-Solver: 1 (DDIM), 2 or 3
-    solver_spacing: Spacing = "time_uniform"  # of its steps; "logSNR" narrows policies less
+    solver_spacing: Spacing = "time_uniform"  # of its steps; with "logSNR" the solver narrows a policy less
 
     # Algorithm
     eta: NonNegative[float] | None = None

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import tyro
 
-from common.dpm_solver import Spacing
+from common.diffusion import Spacing
 from common.harness import Dataset, Evaluator, load_dataset, load_run, setup
 from common.harness.checkpoint import CheckpointError, newest_header
 from common.harness.devices import seed_keys

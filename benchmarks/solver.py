@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.diffusion import make_schedule
-from common.dpm_solver import Spacing, dpm_solver_sample
+from common.diffusion import Spacing, make_schedule
+from common.dpm_solver import dpm_solver_sample
 
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "narrowing.png"
 SCHEDULE = make_schedule("linear", 1000)

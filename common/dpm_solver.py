@@ -5,15 +5,12 @@ coefficients depend on schedule and budget alone: constants of the program, comp
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from common.diffusion import Schedule
-
-Spacing = Literal["time_uniform", "logSNR"]
+from common.diffusion import Schedule, Spacing
 
 
 def solver_orders(num_calls: int, order: int) -> list[int]:
