@@ -34,7 +34,7 @@ import optax
 import tyro
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from common.diffusion import Prediction, ScheduleName, corrupt, ddpm_sample, implied_noise, make_schedule
+from common.diffusion import Prediction, ScheduleName, Spacing, corrupt, ddpm_sample, implied_noise, make_schedule
 from common.dpm_solver import dpm_solver_sample, solver_orders
 from common.harness import Dataset, Loss, Preset, RewardRule, Run, load_dataset, setup
 from common.harness.flags import NonNegative, Positive, UnitInterval
@@ -99,6 +99,7 @@ class Args:
     sampler: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver, or all K steps of DDPM
     num_solver_calls: Positive[int] = 15  # network calls of DPM-Solver
     solver_order: Positive[int] = 3  # order of DPM-Solver: 1 (DDIM), 2 or 3
+    solver_spacing: Spacing = "time_uniform"  # of its steps; with "logSNR" the solver narrows a policy less
 
     # Algorithm
     eta: NonNegative[float] | None = None
@@ -185,7 +186,8 @@ def sample_action(
     noise_fn = lambda a_k, k: temperature * implied_noise(args.prediction, schedule, a_k, k, predict(obs, a_k, k))
     if args.sampler == "ddpm":
         return ddpm_sample(noise_fn, schedule, noise, chain_key, clip=True)
-    return dpm_solver_sample(noise_fn, schedule, noise, args.num_solver_calls, args.solver_order, clip=True)
+    solver = args.num_solver_calls, args.solver_order, args.solver_spacing
+    return dpm_solver_sample(noise_fn, schedule, noise, *solver, clip=True)
 
 
 # ------------------------------------------------------------------------------------------------------- losses

@@ -28,6 +28,7 @@ import jax
 import numpy as np
 import tyro
 
+from common.diffusion import Spacing
 from common.harness import Dataset, Evaluator, load_dataset, load_run, setup
 from common.harness.checkpoint import CheckpointError, newest_header
 from common.harness.devices import seed_keys
@@ -35,7 +36,8 @@ from common.harness.recorder import mean_and_deviation
 from common.harness.tasks import normalized_score
 
 ALGORITHMS = [path.stem for path in (Path(__file__).parents[1] / "algorithms").glob("[!_]*.py")]
-SETTINGS = ("num_eval_actions", "policy_temperature", "init_noise_scale", "sampler", "num_solver_calls", "solver_order")
+SETTINGS = ("num_eval_actions", "policy_temperature", "init_noise_scale", "sampler", "num_solver_calls")
+SETTINGS += ("solver_order", "solver_spacing")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Args:
     """network calls of DPM-Solver"""
     solver_order: tuple[int, ...] = ()
     """order of DPM-Solver"""
+    solver_spacing: tuple[Spacing, ...] = ()
+    """spacing of its steps"""
     critics: Path | None = None
     """the run whose critics choose the actions, in place of the policy's own"""
     episodes: int | None = None

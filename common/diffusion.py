@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Real
 
 ScheduleName = Literal["linear", "vp", "cosine"]
 Prediction = Literal["noise", "action"]
+Spacing = Literal["time_uniform", "logSNR"]  # of the solver's steps
 Actions = Float[Array, "batch act_dim"]
 
 

@@ -5,13 +5,12 @@ coefficients depend on schedule and budget alone: constants of the program, comp
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from common.diffusion import Schedule
+from common.diffusion import Schedule, Spacing
 
 
 def solver_orders(num_calls: int, order: int) -> list[int]:
@@ -32,7 +31,7 @@ def dpm_solver_sample(
     x_init: Float[Array, "..."],
     num_calls: int = 15,
     order: int = 3,
-    skip: Literal["time_uniform", "logSNR"] = "time_uniform",
+    skip: Spacing = "time_uniform",
     t_end: float = 1e-3,
     clip: bool = False,
 ) -> Float[Array, "..."]:

@@ -39,6 +39,7 @@ NOT_RUN = {  # and why
     "python minimal/edp.py D4RL/pen/expert-v2 --updates 10000": "downloads; test_minimal.py runs it on local data",
     **dict.fromkeys(("python make_logs.py", "python make_dataset.py", "python act.py"), "test_offline.py runs them"),
     "python benchmarks/bandit.py": "trains for a minute to draw; test_bandit and the notebook train the same",
+    "python benchmarks/solver.py": "test_solver.py runs it",
     "python3 -m venv .venv && source .venv/bin/activate": "sets up an environment, as `make test` did for this one",
     "pip install -r requirements-dev.txt && python -m pytest -m 'not slow' -n 2 --dist worksteal": "these very tests",
     "cp algorithms/edp_td3bc.py algorithms/edp_mean_q.py": "the fixture `exercise` does it",

@@ -123,7 +123,7 @@ def q_values(critics, obs, action):
 
 
 # ---------------------------------------------------------------------------------------- Eq. 2 to 4: a ~ pi_theta
-def written_sample(policy, obs, key, use_ddpm, temperature=1.0, scale=1.0, prediction="noise", schedule=None):
+def written_sample(policy, obs, key, use_ddpm, temperature=1.0, scale=1.0, prediction="noise", schedule=None, **solver):
     """The samplers have tests of their own, test_diffusion.py and test_dpm_solver.py."""
     init_key, chain_key = jax.random.split(key)
     schedule = schedule or make_schedule("linear", K)
@@ -139,7 +139,7 @@ def written_sample(policy, obs, key, use_ddpm, temperature=1.0, scale=1.0, predi
 
     if use_ddpm:
         return ddpm_sample(noise_fn, schedule, noise, chain_key, clip=True)
-    return dpm_solver_sample(noise_fn, schedule, noise, 3, clip=True)
+    return dpm_solver_sample(noise_fn, schedule, noise, 3, **solver, clip=True)
 
 
 SAMPLERS = [("dpm", "linear", K), ("dpm", "linear", 1000), ("dpm", "vp", 5), ("ddpm", "linear", K), ("ddpm", "vp", 5)]
@@ -157,6 +157,13 @@ def test_eq_3_sample_action_denoises_noise(sampler, name, num_steps, prediction)
     expected = jax.jit(lambda policy: written_sample(policy, obs, key, *settings, schedule))(policy)
     assert np.mean(np.abs(expected) < 1) > 0.1  # the clip does not decide it all
     close(result, expected)
+
+
+def test_the_solver_has_the_order_and_the_spacing_of_the_flags():
+    policy, obs, key = make_policy(), make_batch().obs, jax.random.key(4)
+    args = make_args(edp_td3bc, solver_order=2, solver_spacing="logSNR")
+    result = jax.jit(lambda policy: edp_td3bc.sample_action(policy, obs, key, args))(policy)
+    close(result, jax.jit(lambda policy: written_sample(policy, obs, key, False, order=2, skip="logSNR"))(policy))
 
 
 def test_c_4_when_acting_a_temperature_scales_the_predicted_noise_and_another_factor_the_initial_noise():

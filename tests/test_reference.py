@@ -144,14 +144,14 @@ def test_samples_of_the_solver(calls, tolerance, replace_draws):
     assert_close(action, REFERENCE[f"solver/{calls}/action"], tolerance)
 
 
-def truncating_solver(noise_fn, schedule, x_init, num_calls, order, clip):
+def truncating_solver(noise_fn, schedule, x_init, num_calls, order, skip, clip):
     """The release's: it clips with alpha and sigma of the integer part of a fractional k."""
 
     def bounded(x, k):
         alpha, sigma = float(schedule.sqrt_alpha_bar[int(k)]), float(schedule.sqrt_one_minus_alpha_bar[int(k)])
         return jnp.clip(noise_fn(x, k), (x - alpha) / sigma, (x + alpha) / sigma)
 
-    return dpm_solver_sample(bounded, schedule, x_init, num_calls, order)
+    return dpm_solver_sample(bounded, schedule, x_init, num_calls, order, skip)
 
 
 # --------------------------------------------------------------------------------------------- targets and critics
