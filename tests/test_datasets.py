@@ -17,8 +17,9 @@ from minari.serialization import serialize_space
 
 from algorithms import bc
 from common.harness import Behaviour, Dataset, pointmaze
-from common.harness.datasets import behaviour_returns, load_dataset, read_minari, relabel, resolve_task, shape_reward
+from common.harness.datasets import load_dataset, read_minari, resolve_task
 from common.harness.environments import make_env, make_gym_env
+from common.harness.shaping import behaviour_returns, relabel, shape_reward
 from common.harness.tasks import ENVIRONMENTS, normalized_score
 
 ARRAYS = "data/main_data.hdf5"

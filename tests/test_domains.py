@@ -14,8 +14,9 @@ import pytest
 from helpers import ALGORITHMS, by_hand, evaluated, goal_here, make_args, record, rows_of
 
 from common.harness import Evaluator, load_dataset
-from common.harness.datasets import resolve_task, shape_reward
+from common.harness.datasets import resolve_task
 from common.harness.environments import make_env, make_gym_env
+from common.harness.shaping import shape_reward
 from common.harness.tasks import TASKS, normalized_score
 
 # The kitchen's own bounds overflow when cast.

@@ -26,7 +26,7 @@ from minari.data_collector import EpisodeBuffer
 from algorithms import bc, edp_iql
 from common import networks
 from common.harness import Dataset, load_dataset, offline, setup
-from common.harness.datasets import held_back_episodes
+from common.harness.shaping import held_back_episodes
 
 DATASET_ID, GAMMA = "test/logs/random-v0", 0.9
 
