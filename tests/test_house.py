@@ -60,7 +60,7 @@ def test_the_harness_knows_no_algorithm_and_has_four_floors():
     floors = (
         ("checkpoint", "devices", "flags", "plots", "process", "records", "tasks"),
         ("bandit", "d4rl", "environments", "offline", "recorder"),
-        ("ogbench", "pointmaze", "recorded", "run"),
+        ("ogbench", "pointmaze", "recorded", "run", "shaping"),
         ("datasets",),
     )
     highest = {name: floor for floor, names in enumerate(floors, 1) for name in names}
