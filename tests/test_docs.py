@@ -37,7 +37,7 @@ NOT_RUN = {  # and why
     "git clone <this repository> edp && cd edp": "this is that clone",
     "python minimal/edp.py": "test_minimal.py runs it, slow",
     "python minimal/edp.py D4RL/pen/expert-v2 --updates 10000": "downloads; test_minimal.py runs it on local data",
-    "python benchmarks/bandit.py": "trains for a minute to draw; test_bandit and the notebook train the same",
+    "python benchmarks/bandit.py": "trains for minutes to draw; test_bandit and the notebook train the same",
     "python3 -m venv .venv && source .venv/bin/activate": "sets up an environment, as `make test` did for this one",
     "pip install -r requirements-dev.txt && python -m pytest -m 'not slow' -n 2 --dist worksteal": "these very tests",
     "cp algorithms/edp_td3bc.py algorithms/edp_mean_q.py": "the fixture `exercise` does it",
