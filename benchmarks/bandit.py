@@ -142,7 +142,7 @@ def main(args: Args) -> None:
         "cloned by a diffusion policy": sample(bc, *diffusion),
         "EDP: guided by Q": sample(edp_td3bc, *guided),
     }
-    figure = Figure(figsize=(12, 3.7), layout="constrained")
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
     for ax, (title, actions) in zip(figure.subplots(1, len(panels)), panels.items()):
         draw(ax, actions, COLORS[nearest_mode(actions)], title)
         ax.set_title(title, fontsize=15)
@@ -158,7 +158,7 @@ def main(args: Args) -> None:
 
     steps = solver_steps(*diffusion)
     colors = COLORS[nearest_mode(steps[-1])]
-    figure = Figure(figsize=(12, 2.9), layout="constrained")
+    figure = Figure(figsize=(12, 2.8), layout="constrained")
     shown = {f"call {call}": steps[call - 1] for call in SHOWN_CALLS} | {"the actions": steps[-1]}
     for ax, (title, actions) in zip(figure.subplots(1, len(shown)), shown.items()):
         draw(ax, actions, colors, title, limit=2.5)
