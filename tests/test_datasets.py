@@ -86,8 +86,10 @@ def test_pointmaze_is_relabelled_by_the_distance_of_the_next_position_to_the_goa
     np.testing.assert_array_equal(loaded.reward, success - 1.0)
     np.testing.assert_array_equal(behaviour.scores, 100 * success.reshape(12, 40).any(axis=1))
     assert behaviour.statistics["behaviour_score"] == pytest.approx(behaviour.scores.mean())
-    for path, positions in zip(behaviour.paths, raw["obs"][:, :2].reshape(12, 40, 2), strict=True):
-        np.testing.assert_allclose(path, positions, rtol=1e-6)
+    positions, arrived = raw["obs"][:, :2].reshape(12, 40, 2), success.reshape(12, 40).any(axis=1)
+    for (path, paid), truth, pays in zip(behaviour.paths, positions, arrived, strict=True):
+        np.testing.assert_allclose(path, truth, rtol=1e-6)
+        assert paid == pays
 
 
 @pytest.mark.parametrize(
