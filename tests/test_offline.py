@@ -161,7 +161,7 @@ def test_an_environment_that_is_not_here_is_no_hindrance_without_evaluation(data
     assert load_dataset(setup(args)[1], "none")[1].held_back is not None
 
 
-@pytest.mark.parametrize("algorithm", ["bc", "edp_iql"])
+@pytest.mark.parametrize("algorithm", ["bc", pytest.param("edp_iql", marks=pytest.mark.slow)])
 def test_a_run_logs_its_diagnostics_and_goes_on_as_if_it_had_not_stopped(
     algorithm, logs, tmp_path, monkeypatch, quick_networks, capsys, exit_sentence
 ):
@@ -188,6 +188,7 @@ def test_a_run_logs_its_diagnostics_and_goes_on_as_if_it_had_not_stopped(
     assert "names no environment" in exit_sentence(acting.main, acting.Args((folder,), episodes=1))
 
 
+@pytest.mark.slow
 def test_the_page_makes_a_policy_of_arrays_that_acts_with_jax_alone(datasets, tmp_path, monkeypatch, quick_networks):
     """Its scripts as they are; its training for fewer updates. The whole of it: test_docs.py, slow."""
     pytest.importorskip("flatbuffers", reason="requirements-dev.txt has it")
