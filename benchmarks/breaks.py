@@ -1,6 +1,6 @@
 """What breaks if: EDP with one thing changed, on the toy and in a small maze, for docs/breaks.md.
 
-    python benchmarks/breaks.py                                 # every row: some minutes for each, on one CPU core
+    python benchmarks/breaks.py                                 # every row: about two minutes for each, on one CPU core
     python benchmarks/breaks.py --only as-it-is no-clip         # these rows
 
 A row is a flag, or a line of an algorithm file and what stands there instead. The edited file is never written: its
@@ -29,6 +29,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
+from runner import read_csv
 
 from common.harness import load_run
 from common.harness.bandit import MODES, RADIUS
@@ -89,12 +90,12 @@ class Args:
 
 
 def edited(row: Row) -> ModuleType:
-    """The algorithm with the row's edit. Raises ValueError if the line is not in its file exactly once."""
+    """The algorithm with the row's edit. Exits if the line is not in its file exactly once."""
     path = ROOT / "algorithms" / f"{row.algorithm}.py"
     text = path.read_text()
     if row.line:
         if text.count(row.line) != 1:
-            raise ValueError(f"{path.name} has {text.count(row.line)} times what is to be changed: {row.line}")
+            raise SystemExit(f"{path.name} has {text.count(row.line)} times what is to be changed: {row.line}")
         text = text.replace(row.line, row.instead)
     module = ModuleType(f"edited_{row.algorithm}")
     module.__file__ = str(path)
@@ -106,10 +107,8 @@ def edited(row: Row) -> ModuleType:
 def read(path: Path) -> dict[str, list[dict]]:
     """The lines of returns.csv by their row."""
     rows = {}
-    if path.exists():
-        with open(path, newline="") as file:
-            for line in csv.DictReader(file):
-                rows.setdefault(line["row"], []).append(line)
+    for line in read_csv(path):
+        rows.setdefault(line["row"], []).append(line)
     return rows
 
 
@@ -146,8 +145,7 @@ def main(args: Args) -> None:
         module = edited(row)
         with tempfile.TemporaryDirectory() as folder:
             module.train(module.Args(**row.base | row.flags, run_dir=folder))
-            with open(Path(folder, "eval.csv"), newline="") as file:
-                lines = [{"row": name} | line for line in csv.DictReader(file)]
+            lines = [{"row": name} | line for line in read_csv(Path(folder, "eval.csv"))]
             run_args, state, _ = load_run(folder, module)
         rows = read(table) | {name: lines}
         with open(table, "w", newline="") as file:

@@ -22,7 +22,7 @@ def test_a_row_changes_one_thing(name):
 
 
 def test_a_line_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match=r"iql\.py has 0 times"):
+    with pytest.raises(SystemExit, match=r"iql\.py has 0 times"):
         breaks.edited(breaks.in_maze(line="no such line", instead=""))
 
 

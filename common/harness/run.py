@@ -108,7 +108,7 @@ class Run:
                 self.recorder.start_wandb(wandb, self.header["id"])
             except SystemExit:
                 if not args.resume:
-                    shutil.rmtree(self.folder)  # there is no run in it
+                    shutil.rmtree(self.folder, ignore_errors=True)  # there is no run in it
                 raise
         videos = self.folder / "videos" if args.capture_video else None
         self.evaluator = Evaluator(task.environment, seeds, args.eval_episodes, videos)
