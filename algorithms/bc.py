@@ -27,13 +27,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from common.diffusion import Prediction, ScheduleName, Spacing, corrupt, ddpm_sample, implied_noise, make_schedule
 from common.dpm_solver import dpm_solver_sample, solver_orders
 from common.harness import Behaviour, Dataset, Loss, Preset, Run, load_dataset, setup
-from common.harness.flags import NonNegative, Positive, UnitInterval
+from common.harness.flags import NonNegative, Positive, UnitInterval, cli
 from common.networks import GaussianPolicy, NoisePredictor
 
 
@@ -233,4 +232,4 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    train(cli(Args))

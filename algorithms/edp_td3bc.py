@@ -29,13 +29,12 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from common.diffusion import Prediction, ScheduleName, Spacing, corrupt, ddpm_sample, implied_noise, make_schedule
 from common.dpm_solver import dpm_solver_sample, solver_orders
 from common.harness import Dataset, Loss, Preset, RewardRule, Run, load_dataset, setup
-from common.harness.flags import NonNegative, Positive, UnitInterval
+from common.harness.flags import NonNegative, Positive, UnitInterval, cli
 from common.networks import Critic, NoisePredictor, init_twin_critics, twin_q
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -295,4 +294,4 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    train(cli(Args))

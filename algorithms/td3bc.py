@@ -29,11 +29,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from common.harness import Dataset, Loss, Preset, RewardRule, Run, load_dataset, setup
-from common.harness.flags import NonNegative, Positive, UnitInterval
+from common.harness.flags import NonNegative, Positive, UnitInterval, cli
 from common.networks import Critic, TanhPolicy, init_twin_critics, twin_q
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -243,4 +242,4 @@ def train(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    train(cli(Args))

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
-import tyro
 from helpers import ALGORITHMS, SCRIPTS, TINY, fields_of, flags_of, record_hopper, returns_of, rows_of, run_script, tiny
 
 from algorithms import bc, edp_td3bc, td3bc
@@ -30,7 +29,7 @@ from common.harness import Behaviour, Run, load_run
 from common.harness.checkpoint import CheckpointError
 from common.harness.devices import seed_keys, set_up_jax
 from common.harness.environments import check_camera
-from common.harness.flags import check_flags
+from common.harness.flags import check_flags, cli
 from common.harness.records import Episodes
 from common.harness.tasks import ENVIRONMENTS, TASKS
 
@@ -363,12 +362,8 @@ def test_no_number_may_be_negative_and_no_count_0(algorithm, exit_sentence):
     ],
     ids=str,
 )
-def test_an_impossible_diffusion_is_refused(flags, named, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "300")
-    with pytest.raises(SystemExit) as caught:
-        tyro.cli(edp_td3bc.Args, args=flags_of(**flags))
-    assert caught.value.code == 2
-    assert named in capsys.readouterr().err
+def test_an_impossible_diffusion_is_refused(flags, named, exit_sentence):
+    assert named in exit_sentence(cli, edp_td3bc.Args, flags_of(**flags))
 
 
 def test_a_run_directory_in_use_is_refused_and_left_alone(tmp_path, pointmaze_datasets, exit_sentence):
@@ -449,11 +444,31 @@ def test_a_refusal_is_one_sentence_on_stderr(tmp_path):
 def test_help_explains_every_flag(algorithm, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as caught:
-        tyro.cli(module_of(algorithm).Args, args=["--help"])
+        cli(module_of(algorithm).Args, ["--help"])
     assert caught.value.code == 0
     words = " ".join(re.sub(r"\x1b\[\d*m|[│╭╮╰╯─]", " ", printed.getvalue()).split())
+    boxes = re.findall(r" (\w+) options ", words)
+    assert (boxes[0], boxes[-3:]) == ("algorithm", ["optimisation", "evaluation", "experiment"])
     fields = fields_of(algorithm)
     assert len(fields) > 20
     for name, text in fields.items():
         assert "--" + name.replace("_", "-") in words
         assert " ".join(text.split()) in words, f"{name} is not explained"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unexplained:
+    first: int = 1
+
+    # Section
+    second: float | None = None
+    third: str = ""
+    """Over two
+    lines."""
+
+
+def test_flags_without_a_text_or_a_section_are_read_all_the_same(capsys):
+    assert cli(Unexplained, ["--first", "2", "--second", "3"]) == Unexplained(2, 3.0)
+    with pytest.raises(SystemExit):
+        cli(Unexplained, ["--help"])
+    assert "Over two lines." in " ".join(capsys.readouterr().out.split())

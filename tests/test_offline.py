@@ -18,7 +18,6 @@ import jax
 import minari
 import numpy as np
 import pytest
-import tyro
 from gymnasium.spaces import Box
 from helpers import change_metadata, make_args, record_hopper, rows_of, same_run, tiny
 from minari.data_collector import EpisodeBuffer
@@ -26,6 +25,7 @@ from minari.data_collector import EpisodeBuffer
 from algorithms import bc, edp_iql
 from common import networks
 from common.harness import Dataset, load_dataset, offline, setup
+from common.harness.flags import cli
 from common.harness.shaping import held_back_episodes
 
 DATASET_ID, GAMMA = "test/logs/random-v0", 0.9
@@ -207,7 +207,7 @@ def test_the_page_makes_a_policy_of_arrays_that_acts_with_jax_alone(datasets, tm
     assert (first.terminations.sum(), first.truncations.sum()) == (ended, 1 - ended)
 
     words = shlex.split(re.search(r"^python algorithms/edp_iql.py (.*--run-dir runs/cart)$", page, re.MULTILINE)[1])
-    edp_iql.train(dataclasses.replace(tyro.cli(edp_iql.Args, args=words), num_updates=2, eval_every=1))
+    edp_iql.train(dataclasses.replace(cli(edp_iql.Args, words), num_updates=2, eval_every=1))
     export.main(export.Args(Path("runs/cart"), Path("policy.jax")))
     packages = [path for path in sys.path if path.endswith("-packages")]
     alone = f"import sys; sys.path += sys.argv[1:]\n{scripts['act.py']}"

@@ -38,7 +38,7 @@ def test_every_file_has_the_same_sections_in_the_same_order(algorithm):
     banners = BANNERS if algorithm in DIFFUSION else [banner.removeprefix("diffusion ") for banner in BANNERS]
     assert re.findall(r"^# -{20,} (.+)$", text, flags=re.MULTILINE) == banners
     assert text.count("\n") <= 320
-    assert text.endswith('if __name__ == "__main__":\n    train(tyro.cli(Args))\n')
+    assert text.endswith('if __name__ == "__main__":\n    train(cli(Args))\n')
     assert not re.search(r"^(from|import) algorithms", text, flags=re.MULTILINE)
 
 

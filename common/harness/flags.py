@@ -1,9 +1,13 @@
-"""Bounds of flags, in their types: `batch_size: Positive[int] = 256`."""
+"""Flags: how they are read and explained, and their bounds, in their types (`batch_size: Positive[int] = 256`)."""
 
-from collections.abc import Callable
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import make_dataclass
 from typing import Annotated, NamedTuple, TypeVar, get_args, get_type_hints
 
 import numpy as np
+import tyro
 
 
 class Bound(NamedTuple):
@@ -15,6 +19,26 @@ T = TypeVar("T")
 Positive = Annotated[T, Bound("positive", lambda value: 0 < value < np.inf)]
 NonNegative = Annotated[T, Bound("0 or more", lambda value: 0 <= value < np.inf)]
 UnitInterval = Annotated[T, Bound("between 0 and 1", lambda value: 0 <= value <= 1)]
+
+
+def cli(args_class: type[T], args: Sequence[str] | None = None) -> T:
+    """`tyro.cli(args_class)`, with a box in --help for each section of the class (`# Optimisation`), last ones first.
+
+    tyro has boxes for nested classes only, so each section becomes one. Values that the class refuses exit with 1.
+    """
+    hints, boxes = get_type_hints(args_class, include_extras=True), []
+    parts = re.split(r"^    # ([A-Z]\w+)\n", inspect.getsource(args_class), flags=re.MULTILINE)
+    for title, part in zip(["flags", *parts[1::2]], parts[::2]):
+        texts = re.findall(r'^    (\w+): .*?(?:  # (.+)|\n    """((?s:.+?))""")?$', part, flags=re.MULTILINE)
+        explained = lambda name, *texts: Annotated[hints[name], tyro.conf.arg(help="".join(texts))]
+        fields = [(name, explained(name, *text), getattr(args_class, name)) for name, *text in texts]
+        boxes = [(title.lower(), make_dataclass(title, fields)), *boxes] if fields else boxes
+    nested, config = make_dataclass("Args", boxes), (tyro.conf.OmitArgPrefixes,)
+    parsed = tyro.cli(nested, args=args, description=args_class.__doc__, config=config)
+    try:
+        return args_class(**{name: value for box in vars(parsed).values() for name, value in vars(box).items()})
+    except ValueError as error:
+        raise SystemExit(f"Impossible flags: {error}.") from None
 
 
 def check_flags(args) -> None:
