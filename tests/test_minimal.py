@@ -151,7 +151,7 @@ def assert_close(result, expected):
         np.testing.assert_allclose(leaf, truth, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_the_networks_are_as_large(minimal, monkeypatch):
+def test_the_networks_are_as_large(minimal, monkeypatch, quick_compilation):
     """As `main` makes them."""
     states = []
     monkeypatch.setattr(minimal, "evaluate", lambda state, env: states.append(state) or 0)

@@ -75,8 +75,8 @@ def test_where_both_modes_pay_a_feed_forward_policy_acts_between_them(algorithm,
     assert np.mean(np.abs(act()) < 0.3) > 0.95
 
 
-@over(case(edp_td3bc), case(bc, slow=False, policy="diffusion"))
-def test_where_both_modes_pay_a_diffusion_policy_acts_in_them(algorithm, flags, quick_compilation):
+@over(case(edp_td3bc), case(bc, policy="diffusion"))
+def test_where_both_modes_pay_a_diffusion_policy_acts_in_them(algorithm, flags):
     """In either, where all of the feed-forward policies fail."""
     action = train(algorithm, flags, both_pay=True)[1]()
     assert min(np.mean(np.abs(action - mode) < 0.3) for mode in (0.6, -0.6)) > 0.3

@@ -3,8 +3,6 @@
 import errno
 import fcntl
 import os
-import shlex
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, flags_of
+from helpers import TINY
 
 from algorithms import bc
 from common.harness import Behaviour, Run
@@ -85,11 +83,3 @@ def test_what_is_called_wandb_and_is_not_weights_and_biases_leaves_no_folder(tmp
     other.init = lambda **_: 1 / 0  # as without a login, or a network
     assert "division by zero" in exit_sentence(begin, tmp_path / "run", track=True)
     assert not (tmp_path / "run").exists()
-
-
-def test_with_a_closed_stderr_a_run_is_a_run(tmp_path):
-    """Whose number a pipe or a file of the run would take."""
-    few = flags_of(env_id="bandit", num_updates=2, eval_every=2, eval_episodes=1, batch_size=8, run_dir="run")
-    command = shlex.join([sys.executable, bc.__file__, *few])
-    assert subprocess.run(f"{command} 2>&-", shell=True, cwd=tmp_path, stdout=subprocess.DEVNULL).returncode == 0
-    assert (tmp_path / "run" / "checkpoint-2.eqx").exists()
