@@ -64,7 +64,7 @@ def test_every_algorithm_but_cloning_finds_the_mode_that_pays(algorithm):
 
 def test_edp_finds_the_mode_that_pays_and_the_mean_of_a_gaussian_does_not(quick_networks):
     """Shallow networks, small batches and few network calls are enough."""
-    assert bandit.reward_of(act_after(edp_td3bc, 400, batch_size=64, num_solver_calls=3)).mean() > 0.9
-    mean = act_after(bc, 200, batch_size=64)
+    assert bandit.reward_of(act_after(edp_td3bc, 250, batch_size=64, num_solver_calls=3)).mean() > 0.9
+    mean = act_after(bc, 100, batch_size=64)
     assert np.abs(mean).max() < 0.1, "between the modes"
     assert bandit.reward_of(mean).sum() == 0

@@ -31,7 +31,7 @@ def heeded_signals():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, heeded_signals):
-    """`place.start(*flags)` begins cloning in a process of its own; `whole` is its run that nothing stopped.
+    """`place.start(*flags)` begins cloning in a process of its own.
 
     In the environment that a notebook gives to its children, on a terminal that has no more than ASCII.
     """
@@ -60,13 +60,19 @@ def place(tmp_path_factory, heeded_signals):
             output, _ = process.communicate(timeout=600)
             assert process.returncode == 0, output
 
-    begun, process = time.monotonic(), Place.begin("whole")
-    wait_for((home / "whole" / "args.json").exists)
-    Place.startup = time.monotonic() - begun  # about half of what a run takes whose programs are compiled
+    return Place
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """The folder of a run that nothing stopped; about half of its time is `place.startup`, the seconds up to it."""
+    begun, process = time.monotonic(), place.begin("whole")
+    wait_for((place.folder / "whole" / "args.json").exists)
+    place.startup = time.monotonic() - begun
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert "Traceback" not in output
-    return Place
+    return place.folder / "whole"
 
 
 def wait_for(condition, seconds=600):
@@ -76,7 +82,7 @@ def wait_for(condition, seconds=600):
         time.sleep(0.01)
 
 
-def test_signals_are_followed_by_a_save_and_the_command_that_goes_on_and_kill_9_loses_nothing(place):
+def test_signals_are_followed_by_a_save_and_the_command_that_goes_on_and_kill_9_loses_nothing(place, whole):
     """Three times in one run, whose last part has a closed stderr, whose number a pipe or a file would take."""
     run = place.folder / "signals"
     process, before = place.begin("signals"), [run / "checkpoint-0.eqx"]
@@ -96,18 +102,14 @@ def test_signals_are_followed_by_a_save_and_the_command_that_goes_on_and_kill_9_
     process = place.start("--resume", "signals", shell="exec {} 2>&-")
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
-    same_run(run, place.folder / "whole")
+    same_run(run, whole)
 
 
 def test_a_second_signal_and_one_before_the_run_leave_at_once(place):
-    long = {
-        "env_id": "bandit",
-        "num_updates": 1000,
-        "eval_every": 1000,
-        "batch_size": 2**16,
-    }  # minutes for its one chunk
-    process = place.start(*flags_of(**long, run_dir="twice"))
+    long = {"num_updates": 1000, "eval_every": 1000, "batch_size": 2**16}  # minutes for one chunk
+    begun, process = time.monotonic(), place.start(*flags_of(env_id="bandit", **long, run_dir="twice"))
     wait_for((place.folder / "twice" / "metrics.csv").exists)
+    startup = time.monotonic() - begun
     process.send_signal(signal.SIGINT)
     assert any("a second signal stops at once" in line for line in process.stdout)
     process.send_signal(signal.SIGINT)
@@ -117,7 +119,7 @@ def test_a_second_signal_and_one_before_the_run_leave_at_once(place):
     assert [path.name for path in checkpoints(place.folder / "twice")] == ["checkpoint-0.eqx"]
     for share in (0.1, 0.3):  # of the way to the folder: during the imports
         process = place.begin("early")
-        time.sleep(share * place.startup)
+        time.sleep(share * startup)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=600)
         assert process.returncode in (143, -signal.SIGTERM)  # the latter: before Python came to our first line
@@ -136,7 +138,7 @@ def test_a_signal_while_a_module_is_imported_raises_nothing_there(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(30))
-def test_kill_9_at_any_moment_loses_nothing(place, seed):
+def test_kill_9_at_any_moment_loses_nothing(place, whole, seed):
     """Killed once at a random moment from the first import to the last picture, and resumed."""
     name, delay = f"killed-{seed}", random.Random(seed).uniform(0, 2) * place.startup
     process = place.begin(name)
@@ -144,13 +146,13 @@ def test_kill_9_at_any_moment_loses_nothing(place, seed):
     process.kill()
     process.communicate()
     place.go_on(name)
-    same_run(place.folder / name, place.folder / "whole")
-    names, whole = ({path.name for path in (place.folder / run).iterdir()} for run in (name, "whole"))
-    assert names == whole, f"left behind after {delay:.1f} s"
+    same_run(place.folder / name, whole)
+    names, expected = ({path.name for path in folder.iterdir()} for folder in (place.folder / name, whole))
+    assert names == expected, f"left behind after {delay:.1f} s"
 
 
 @pytest.mark.slow
-def test_of_two_runs_that_want_one_folder_one_gets_it(place):
+def test_of_two_runs_that_want_one_folder_one_gets_it(place, whole):
     """So it is of threads: tests/test_cli.py."""
     for i in range(20):
         processes = [place.begin(f"both-{i}") for _ in range(2)]
@@ -158,7 +160,7 @@ def test_of_two_runs_that_want_one_folder_one_gets_it(place):
         assert sorted(process.returncode for process in processes) == [0, 1], outputs
         refused = outputs[[process.returncode for process in processes].index(1)].splitlines()[-1]
         assert "not empty" in refused or "Another process is at work" in refused, outputs
-        same_run(place.folder / f"both-{i}", place.folder / "whole")
+        same_run(place.folder / f"both-{i}", whole)
 
 
 def test_without_cuda_one_sentence_says_so(place):
