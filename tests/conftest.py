@@ -61,7 +61,7 @@ def sandbox(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()  # a worker's lies in that of all workers
     compiled = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("compilation_cache_dir", compiled), ("persistent_cache_min_compile_time_secs", 0.1)):
+        for name, value in (("compilation_cache_dir", compiled), ("persistent_cache_min_compile_time_secs", 0.5)):
             jax.config.update(f"jax_{name}", value)
             patch.setenv(f"JAX_{name.upper()}", str(value))
         patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
