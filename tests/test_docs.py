@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import csv
 import difflib
 import html
 import importlib
@@ -283,6 +284,27 @@ def test_the_page_of_an_algorithm_holds_every_function_of_it_as_it_is(site, algo
         assert f"algorithms/{algorithm}.py, lines {node.lineno} to {node.end_lineno}" in text
     for field in re.findall(r"^    (\w+): .*\n    \"\"\"", source, flags=re.MULTILINE):
         assert f"--{field.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_page_of_an_algorithm_has_its_scores_and_its_curves(site, algorithm):
+    """Those of the CSV, of every run of that algorithm."""
+    folder = ROOT / "benchmarks" / "results" / "short-runs"
+    headers = json.loads((folder / "runs.json").read_text())
+    rows = json.loads((folder / "artefacts.json").read_text())["ten-thousand"]["rows"]
+    with open(folder / "ten-thousand.csv", newline="") as stream:
+        last = {(row["data"], row["column"]): row for row in csv.DictReader(stream) if row["metric"] == "last"}
+    text = plain((site / "algorithms" / f"{algorithm}.html").read_text())
+    for row in rows:
+        of = [column for column, run in row["runs"].items() if headers[run]["algorithm"] == algorithm]
+        assert of
+        cells = [last[row["data"], column] for column in of]
+        numbers = [f"{float(cell['mean']):.1f} ± {float(cell['deviation']):.1f}" for cell in cells]
+        behaviour = headers[row["runs"][of[0]]]["dataset"]["behaviour_score"]
+        assert "\n".join([row["data"], f"{behaviour:.1f}", *numbers]) in text
+    picture = f"repository/benchmarks/results/short-runs/ten-thousand-{algorithm}.png"
+    assert (site / picture).stat().st_size > 10_000
+    assert picture in (site / "algorithms" / f"{algorithm}.html").read_text()
 
 
 @pytest.mark.parametrize("pair", PAIRS)
