@@ -70,7 +70,7 @@ def on_page_content(content, page, config, files):
 
 def add_notebook(path: Path, config, files) -> None:
     """A page of its cells as they are, and a file for each picture."""
-    parts = []
+    parts = ["---\nhide: [toc]\n---"]
     for cell in json.loads(path.read_text())["cells"]:
         text = "".join(cell["source"])
         parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
@@ -83,7 +83,7 @@ def add_notebook(path: Path, config, files) -> None:
                 files.append(File.generated(config, name, content=base64.b64decode("".join(picture))))
                 parts.append(f"![what the cell above draws]({name})")
     parts.insert(
-        1, f"It is a [notebook]({path.name}): this page shows it with its output. To run it: `pip install jupyterlab`."
+        2, f"It is a [notebook]({path.name}): this page shows it with its output. To run it: `pip install jupyterlab`."
     )
     files.append(File.generated(config, f"{path.stem}.md", content="\n\n".join(parts) + "\n"))
 
