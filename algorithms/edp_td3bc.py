@@ -48,7 +48,7 @@ class Args:
     """Flags whose default is None take the value that their text names; what a run used is in its args.json."""
 
     # Experiment
-    exp_name: str = Path(__file__).stem  # the run's name in its folder's
+    exp_name: str = Path(__file__).stem  # part of the name of the run's folder
     env_id: str = "pointmaze-umaze"
     """the task, one of `python -m common.harness.tasks` or of OGBench (cube-single-play-singletask-v0, ...)"""
     dataset_id: str | None = None  # any Minari dataset, remote or local; its own environment then replaces --env-id
@@ -80,7 +80,7 @@ class Args:
     # Optimisation
     num_updates: Positive[int] | None = None
     """updates: 2,000,000; in antmaze, adroit, kitchen and OGBench 1,000,000, in pointmaze 3,000, in bandit 400"""
-    batch_size: Positive[int] = 256  # transitions of an update
+    batch_size: Positive[int] = 256  # transitions in an update
     learning_rate: Positive[float] | None = None  # Adam's, all networks: 3e-4; in adroit 3e-5 (Table 3), in bandit 3e-3
     lr_decay: bool = False  # cosine decay of the policy's learning rate to 0; preset fast: True
     max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network (Table 3)
@@ -91,11 +91,11 @@ class Args:
     # Diffusion
     num_diffusion_steps: Positive[int] = 1000  # K; in bandit, for DDPM, 5 with --beta-schedule vp
     beta_schedule: ScheduleName = "linear"  # noise schedule; "vp" for few steps
-    prediction: Prediction = "noise"  # of the network: the noise in a^k, or the clean action a^0; preset fast: action
+    prediction: Prediction = "noise"  # what the network predicts: noise, or the clean action a^0; preset fast: action
     sampler: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver, or all K steps of DDPM
     num_solver_calls: Positive[int] = 15  # network calls of DPM-Solver
     solver_order: Positive[int] = 3  # order of DPM-Solver: 1 (DDIM), 2 or 3
-    solver_spacing: Spacing = "time_uniform"  # of its steps; with "logSNR" the solver narrows a policy less
+    solver_spacing: Spacing = "time_uniform"  # how its steps are spaced; with "logSNR" the solver narrows a policy less
 
     # Algorithm
     eta: NonNegative[float] | None = None

@@ -45,7 +45,7 @@ class Args:
     """Flags whose default is None take the value that their text names; what a run used is in its args.json."""
 
     # Experiment
-    exp_name: str = Path(__file__).stem  # the run's name in its folder's
+    exp_name: str = Path(__file__).stem  # part of the name of the run's folder
     env_id: str = "pointmaze-umaze"
     """the task, one of `python -m common.harness.tasks` or of OGBench (cube-single-play-singletask-v0, ...)"""
     dataset_id: str | None = None  # any Minari dataset, remote or local; its own environment then replaces --env-id
@@ -75,7 +75,7 @@ class Args:
     # Optimisation
     num_updates: Positive[int] | None = None
     """updates: 2,000,000; in antmaze, adroit, kitchen and OGBench 1,000,000, in pointmaze 3,000, in bandit 400"""
-    batch_size: Positive[int] = 256  # transitions of an update
+    batch_size: Positive[int] = 256  # transitions in an update
     learning_rate: Positive[float] = 3e-4  # Adam's, for all networks (D20)
     lr_decay: bool = False  # cosine decay of the policy's learning rate to 0; preset fast: True
     max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network (Table 3)

@@ -59,11 +59,11 @@ class Args:
     solver_order: tuple[int, ...] = ()
     """order of DPM-Solver"""
     solver_spacing: tuple[Spacing, ...] = ()
-    """spacing of its steps"""
+    """how its steps are spaced"""
     critics: Path | None = None
     """the run whose critics choose the actions, in place of the policy's own"""
     episodes: int | None = None
-    """of each evaluation, for each seed; by default as many as the run had"""
+    """episodes of each evaluation, for each seed; by default as many as the run had"""
 
 
 class Trained(NamedTuple):

@@ -118,7 +118,7 @@ def draw(ax: Axes, actions: np.ndarray, colors, title: str, limit: float = 1.15)
 
 
 def save(figure: Figure, file: Path, dpi: int) -> None:
-    figure.savefig(file, dpi=dpi)
+    figure.savefig(file, dpi=dpi, bbox_inches="tight", pad_inches=0.05)  # square panels can push titles out
     print(file)
 
 
@@ -145,7 +145,7 @@ def main(args: Args) -> None:
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     for ax, (title, actions) in zip(figure.subplots(1, len(panels)), panels.items()):
         draw(ax, actions, COLORS[nearest_mode(actions)], title)
-        ax.set_title(title, fontsize=15)
+        ax.set_title(title, fontsize=14)
         ax.set_xlabel(f"{100 * reward_of(actions).mean():.0f} % pay", fontsize=15)
         ax.text(
             *(MODES[0] + [0, RADIUS + 0.04]),
@@ -162,7 +162,7 @@ def main(args: Args) -> None:
     shown = {f"call {call}": steps[call - 1] for call in SHOWN_CALLS} | {"the actions": steps[-1]}
     for ax, (title, actions) in zip(figure.subplots(1, len(shown)), shown.items()):
         draw(ax, actions, colors, title, limit=2.5)
-        ax.set_title(title, fontsize=15)
+        ax.set_title(title, fontsize=14)
     save(figure, args.folder / "solver.png", 110)
     write_points(args.folder / "selection-points.js", diffusion, guided[1])
 

@@ -5,7 +5,8 @@
     python benchmarks/report.py benchmarks/results/*/                  # = make figures
 
 A folder has runs below it, or condensed: runs.json (the args.json of each), returns.csv (its eval.csv) and acting.csv.
-artefacts.json, if there is one, says which run is which cell; <name>.md, .csv and .png are made from it.
+artefacts.json, if there is one, says which run is which cell; <name>.md, .csv and .png are made from it. Where it says
+"alone", <name>-<algorithm>.md and .png are made, too: the table and the curves on the page of each algorithm.
 """
 
 import sys
@@ -282,6 +283,27 @@ def draw_curves(artefact: dict, runs: dict[str, Result], behaviour: dict[str, fl
     save(figure, axes, file, legend=False)
 
 
+def draw_alone(artefact: dict, of: list[str], runs: dict[str, Result], behaviour: dict[str, float], file: Path) -> None:
+    """Score against updates, a panel for each dataset: the columns `of` with the range of their seeds; others gray."""
+    figure = Figure(figsize=(6.4, 0.6 + 2 * -(-len(artefact["rows"]) // 3)), layout="constrained")
+    axes = figure.subplots(-(-len(artefact["rows"]) // 3), 3, sharex=True, sharey=True, squeeze=False)
+    for ax, row in zip(axes.flat, artefact["rows"]):
+        for column in (name for name in artefact["columns"] if row["runs"][name] in runs):
+            _, updates, scores, _ = runs[row["runs"][column]]
+            thousands = np.divide(updates, 1000)
+            style = {"color": "0.65", "linewidth": 0.8, "zorder": 1, "label": "all others"}
+            if column in of:
+                style = {"color": f"C{1 - of.index(column)}", "marker": "o", "markersize": 4, "label": column}
+                ax.fill_between(thousands, *np.quantile(scores, [0, 1], axis=1), color=style["color"], alpha=0.2)
+            ax.plot(thousands, scores.mean(axis=1), **style)
+        ax.axhline(behaviour[row["data"]], color="black", linestyle=":", linewidth=1, label="the data")
+        ax.set_title(row["data"].replace("-", "\n", 1), fontsize=11.5)
+        ax.tick_params(labelsize=11.5)
+    figure.supxlabel("thousand updates", fontsize=11.5)
+    figure.supylabel("score", fontsize=11.5)
+    save(figure, axes, file, loc="outside upper center", ncols=4, fontsize=11.5, labelcolor="linecolor", frameon=False)
+
+
 def draw_sweep(artefact: dict, cells: list[dict], behaviour: dict[str, float], file: Path) -> None:
     """Score of the last policies against a setting of acting, with the deviation over seeds."""
     figure, columns = Figure(figsize=(7, 5), layout="constrained"), artefact["columns"]
@@ -313,10 +335,11 @@ def draw_speed(lines: list[dict[str, str]], file: Path) -> None:
     save(figure, axes, file)
 
 
-def save(figure: Figure, axes: np.ndarray, file: Path, legend: bool = True) -> None:
+def save(figure: Figure, axes: np.ndarray, file: Path, legend: bool = True, **style) -> None:
     shown = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels())}
     if legend:
-        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize="small")
+        style = {"loc": "outside lower center", "ncols": 3, "fontsize": "small"} | style
+        figure.legend(shown.values(), shown.keys(), **style)
     figure.savefig(file, dpi=150)
 
 
@@ -343,9 +366,22 @@ def write_report(folder: Path, name: str, artefact: dict, runs: dict[str, Result
         draw_sweep(artefact, rows, behaviour, picture)
     elif kind != "hyperparameters":
         draw_curves(artefact, runs, behaviour, picture)
+    if artefact.get("alone"):
+        write_alone(folder, name, artefact, rows, runs)
     parts += [f"![{artefact['title']}]({picture.name})"] if picture.exists() else []
     (folder / f"{name}.md").write_text(text := "\n\n".join(parts) + "\n")
     return text
+
+
+def write_alone(folder: Path, name: str, artefact: dict, cells: list[dict], runs: dict[str, Result]) -> None:
+    """Writes <name>-<algorithm>.md and .png, the last scores and the curves of each algorithm, for its page."""
+    behaviour, columns = behaviour_scores(artefact, runs), {}
+    for column, run in artefact["rows"][0]["runs"].items():
+        columns.setdefault(runs[run].header["algorithm"], []).append(column)
+    for algorithm, of in columns.items():
+        rows = [cell for cell in cells if cell["column"] in of and cell["metric"] == "last"]
+        (folder / f"{name}-{algorithm}.md").write_text(table(rows, behaviour, mean) + "\n")
+        draw_alone(artefact, of, runs, behaviour, folder / f"{name}-{algorithm}.png")
 
 
 def write_reports(folder: Path, names: Iterable[str] | None = None) -> None:

@@ -110,9 +110,9 @@ class Args(Execution):
     data: tuple[str, ...] = ("paper",)
     """paper: the paper's tasks, from Minari; local: those of them that have a local dataset of that robot and quality;
     pointmaze: all three; or a folder with D4RL's files, names of tasks, ids of Minari datasets"""
-    scale: float = 1.0  # shortens every run by this factor; of its evaluations at least ten are left
+    scale: float = 1.0  # shortens every run by this factor, but to no fewer than ten evaluations
     num_seeds: int = SEEDS  # seeds of each run, trained together
-    flags: str = ""  # of every run alike: --flags "--preset fast --eval-episodes 5"
+    flags: str = ""  # for all runs: --flags "--preset fast --eval-episodes 5"
     folder: Path = Path("runs/reproduce")  # where runs and reports go
 
 

@@ -46,7 +46,7 @@ STARTUP_DATASET, STARTUP_STEPS = "speed/antmaze-v0", 1_000_000
 
 @dataclass(frozen=True)
 class Args(speed.Settings):
-    """The share of the machine's best, the parts of an update, start-up."""
+    """Measure updates against the machine's best rate, the parts of an update, and start-up."""
 
     sections: tuple[Literal["roofline", "parts", "startup"], ...] = ("roofline", "parts", "startup")
     """what to measure"""

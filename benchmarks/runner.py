@@ -61,7 +61,7 @@ class Execution:
     jobs: int = 1  # local: runs at a time, each on its share of the cores
     cores: float = 1.0  # Ray: cores to reserve for each run
     gpus: float = 0.0  # GPUs for each run, 0.25 for four runs on one
-    address: str | None = None  # Ray: of the cluster, "auto" or <host>:<port>; by default one that is started here
+    address: str | None = None  # Ray: the cluster, "auto" or <host>:<port>; by default one is started here
     retries: int = 3  # Ray: how often a run whose node dies goes on elsewhere; -1 is always
     watch: bool = False  # show a live table of the runs at work
 

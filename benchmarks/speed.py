@@ -81,13 +81,13 @@ class Settings:
     """What roofline.py has, too."""
 
     name: str | None = None
-    """of the machine, for the results; by default from its processor or GPU"""
+    """what the results call the machine; by default its processor or GPU"""
     results_dir: Path = Path(__file__).resolve().parent / "results"
     """where the results go"""
     repeats: int = 5
-    """timings of each speed"""
+    """how often each speed is timed"""
     seconds: float = 1.0
-    """about what each timing takes"""
+    """roughly how long each timing takes"""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Args(Settings):
     sections: tuple[Literal["updates", "acting", "growth"], ...] = ("updates", "acting", "growth")
     """what to measure"""
     only: tuple[str, ...] = tuple(ENTRIES)
-    """algorithms of updates and acting"""
+    """the algorithms whose updates and acting are measured"""
     quick: bool = False
     """fewer algorithms, three short repeats, no growth, results under a name of their own"""
     peers_json: Path | None = None

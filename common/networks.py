@@ -1,7 +1,7 @@
 """The networks of the EDP paper (Sec. 5), noise predictor, critic and value function, and its feed-forward policies.
 
 Modules act on one example; callers `jax.vmap` over the batch. Every leaf is a trainable array, so plain jax.jit, grad,
-scan, vmap and Optax apply to modules as they are. Weights start as in `equinox.nn.Linear`, uniform in +-1/sqrt(fan_in).
+scan, vmap and Optax apply to modules as they are. Weights start as in `equinox.nn.Linear`, uniform in ±1/sqrt(fan_in).
 """
 
 from itertools import pairwise

@@ -1,6 +1,7 @@
 """What MkDocs cannot do by itself: pages made from the source, mathematics without a network, links out of docs/.
 
     <!-- source: algorithms/iql.py -->       each function beside its equations (docs/algorithms/equations.md); flags
+    <!-- scores: iql -->                     what short runs of an algorithm came to: table and curves of `make figures`
     <!-- code: minimal/edp.py K to SIGMA -->  these definitions, and beside them the text up to the next mark or heading
     <!-- side by side: iql edp_iql -->       two files of algorithms/, line by line, with the words that differ marked
     $...$, $$...$$                           MathML, which browsers show by themselves, in the font STIX Two Math
@@ -29,6 +30,7 @@ from pygments.lexers import PythonLexer
 from pygments.token import STANDARD_TYPES
 
 ROOT = Path(__file__).parents[1]
+SCORES = "benchmarks/results/short-runs/ten-thousand"
 EQUATIONS = ROOT / "docs" / "algorithms" / "equations.md"
 PLUMBING = {"make_optimizer", "make_optimizers", "init_state", "train_chunk", "train"}  # functions without equations
 CONTEXT = 3  # unchanged lines shown around a change
@@ -50,6 +52,7 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     markdown = re.sub(r"^<!-- source: (\S+) -->$", lambda m: source_page(m[1]), markdown, flags=re.MULTILINE)
+    markdown = re.sub(r"^<!-- scores: (\w+) -->$", lambda m: scores(m[1]), markdown, flags=re.MULTILINE)
     uri = page.file.src_uri
     if uri == "differences.md":  # a place for each note, which the other pages link to
         markdown = re.sub(r"^\| (D\d+) \|", r'| <span id="\1">\1</span> |', markdown, flags=re.MULTILINE)
@@ -67,7 +70,7 @@ def on_page_content(content, page, config, files):
 
 def add_notebook(path: Path, config, files) -> None:
     """A page of its cells as they are, and a file for each picture."""
-    parts = []
+    parts = ["---\nhide: [toc]\n---"]
     for cell in json.loads(path.read_text())["cells"]:
         text = "".join(cell["source"])
         parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
@@ -80,7 +83,7 @@ def add_notebook(path: Path, config, files) -> None:
                 files.append(File.generated(config, name, content=base64.b64decode("".join(picture))))
                 parts.append(f"![what the cell above draws]({name})")
     parts.insert(
-        1, f"It is a [notebook]({path.name}): this page shows it with its output. To run it: `pip install jupyterlab`."
+        2, f"It is a [notebook]({path.name}): this page shows it with its output. To run it: `pip install jupyterlab`."
     )
     files.append(File.generated(config, f"{path.stem}.md", content="\n\n".join(parts) + "\n"))
 
@@ -163,6 +166,19 @@ def source_page(name: str) -> str:
                 rows.append(f"| `{flag}` | {default} | {text.replace('|', '&#124;')} |")
         parts += ["## Flags", "\n".join(["| flag | default | meaning |", "|---|---|---|", *rows])]
     return "\n\n".join(parts)
+
+
+def scores(algorithm: str) -> str:
+    """Its table beside its curves, as Markdown."""
+    table = ROOT / f"{SCORES}-{algorithm}.md"
+    if not table.is_file():
+        raise PluginError(f"there is no file {table.relative_to(ROOT)}")
+    text = (
+        "[Short runs](../results.md): the last score after 10,000 updates, mean ± deviation of three seeds, "
+        "`behaviour` that of the data. In the curves the band is the range of the seeds."
+    )
+    picture = f"![score against updates on each of the nine datasets](../../{SCORES}-{algorithm}.png)"
+    return f"## Scores\n\n{text}\n\n{beside('beside scores', table.read_text(), picture)}"
 
 
 def explained(name: str, first: str, last: str | None, text: str) -> str:

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import csv
 import difflib
 import html
 import importlib
@@ -285,6 +286,27 @@ def test_the_page_of_an_algorithm_holds_every_function_of_it_as_it_is(site, algo
         assert f"--{field.replace('_', '-')}" in text
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_page_of_an_algorithm_has_its_scores_and_its_curves(site, algorithm):
+    """Those of the CSV, of every run of that algorithm."""
+    folder = ROOT / "benchmarks" / "results" / "short-runs"
+    headers = json.loads((folder / "runs.json").read_text())
+    rows = json.loads((folder / "artefacts.json").read_text())["ten-thousand"]["rows"]
+    with open(folder / "ten-thousand.csv", newline="") as stream:
+        last = {(row["data"], row["column"]): row for row in csv.DictReader(stream) if row["metric"] == "last"}
+    text = plain((site / "algorithms" / f"{algorithm}.html").read_text())
+    for row in rows:
+        of = [column for column, run in row["runs"].items() if headers[run]["algorithm"] == algorithm]
+        assert of
+        cells = [last[row["data"], column] for column in of]
+        numbers = [f"{float(cell['mean']):.1f} ± {float(cell['deviation']):.1f}" for cell in cells]
+        behaviour = headers[row["runs"][of[0]]]["dataset"]["behaviour_score"]
+        assert "\n".join([row["data"], f"{behaviour:.1f}", *numbers]) in text
+    picture = f"repository/benchmarks/results/short-runs/ten-thousand-{algorithm}.png"
+    assert (site / picture).stat().st_size > 10_000
+    assert picture in (site / "algorithms" / f"{algorithm}.html").read_text()
+
+
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_side_by_side_page_holds_both_files_as_they_are(site, pair):
     """And what is not marked in two lines side by side is the same in both."""
@@ -327,6 +349,8 @@ def test_what_is_missing_ends_the_build(hooks, tmp_path, monkeypatch):
         hooks.source_page("algorithms/gone.py")
     with pytest.raises(PluginError, match="no file algorithms/gone"):
         hooks.side_by_side("iql", "gone")
+    with pytest.raises(PluginError, match=r"no file benchmarks.*gone"):
+        hooks.scores("gone")
     text = hooks.EQUATIONS.read_text()
     monkeypatch.setattr(hooks, "EQUATIONS", tmp_path / "equations.md")
     hooks.EQUATIONS.write_text(text.replace("## `critic_loss`", "## `critic_lost`"))

@@ -129,6 +129,20 @@ def test_the_papers_number_stands_in_a_column_of_its_own_and_is_marked_where_the
     assert (tmp_path / "t.png").stat().st_size > 0
 
 
+def test_an_algorithm_alone_has_its_last_scores_and_its_curves(tmp_path, write_run):
+    write_run("x", np.array([[[9.0], [9.0]], [[4.0], [8.0]]]), reference=(0.0, 100.0))
+    write_run("y", np.array([[[9.0], [9.0]], [[1.0], [1.0]]]), reference=(0.0, 100.0))
+    header = json.loads((tmp_path / "y" / "args.json").read_text()) | {"algorithm": "iql"}
+    (tmp_path / "y" / "args.json").write_text(json.dumps(header))
+    row = {"data": "some-data", "task": None, "runs": {"BC": "x", "IQL": "y"}, "differs": []}
+    artefact = artefact_of(row, columns={"BC": {}, "IQL": {}}, alone=True)
+    report.write_report(tmp_path, "t", artefact, report.read_runs(tmp_path))
+    lines = "| | behaviour | BC |\n|---|---|---|\n| some-data | 7.2 | 6.0 ± 2.8 |\n"  # of 4 and 8
+    assert (tmp_path / "t-bc.md").read_text() == lines
+    assert (tmp_path / "t-iql.md").read_text() == lines.replace("BC", "IQL").replace("6.0 ± 2.8", "1.0 ± 0.0")
+    assert (tmp_path / "t-bc.png").read_bytes() != (tmp_path / "t-iql.png").read_bytes()
+
+
 def test_a_domains_mean_has_the_papers_beside_it_only_when_all_its_tasks_are_there(tmp_path, write_run):
     rows = []
     for i, task in enumerate(DOMAIN_TASKS["kitchen"]):

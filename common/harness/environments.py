@@ -187,7 +187,7 @@ def check_environment(name: str, environment: Environment, starts, low, high, ac
             f"{name} does not fit its environment {gym_id}: observations {shapes[0]} and {own[0]}, actions {shapes[1]} "
             f"in [{low.min():g}, {high.max():g}] and {own[1]} in [{space.low.min():g}, {space.high.max():g}]."
         )
-    height = np.median(starts[:, 0])  # halfcheetah is as wide as walker2d, but starts at 0 +- 0.1, not at 1.25
+    height = np.median(starts[:, 0])  # halfcheetah is as wide as walker2d, but starts at 0 ± 0.1, not at 1.25
     if environment.domain == LOCOMOTION and abs(height - first[0, 0]) > 0.5:
         raise SystemExit(f"{name} is not {gym_id}'s: its episodes start {height:.2f} high, not {first[0, 0]:.2f}.")
     layers = [env]
