@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -50,17 +51,22 @@ NOT_RUN = {  # and why
 }
 
 
+def commands_in_blocks(page):
+    """Of every fenced block without a language."""
+    blocks = re.findall(r"^```(.*)\n((?:(?!```).*\n)*)```$", page.read_text(), flags=re.MULTILINE)
+    for block in (block for language, block in blocks if not language):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield " ".join(shlex.quote(word) if " " in word else word for word in words)
+
+
 def commands():
-    """(page, command) of every fenced block without a language, and of code in a sentence that begins as a command."""
+    """(page, command) of all blocks, and of code in a sentence that begins as a command."""
     for page in PAGES:
-        text = page.read_text()
-        blocks = re.findall(r"^```(.*)\n((?:(?!```).*\n)*)```$", text, flags=re.MULTILINE)
-        for block in (block for language, block in blocks if not language):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words:
-                    yield page, " ".join(shlex.quote(word) if " " in word else word for word in words)
-        prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+        for command in commands_in_blocks(page):
+            yield page, command
+        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
         for command in re.findall(r"`((?:python|pip|make|diff) [^`]+)`", prose):
             yield page, " ".join(command.replace("<algorithm>", "edp_td3bc").split())
 
@@ -98,6 +104,50 @@ def test_a_command_of_the_docs_works(command):
 
 def test_no_reason_is_given_for_a_command_that_is_gone():
     assert set(NOT_RUN) <= set(COMMANDS)
+
+
+FIRST_PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("start", "acting", "your-logs"))]
+NOT_IN_ORDER = {  # and why
+    "git |make |pip |python3 -m venv": "sets up an environment, or is about these tests",
+    ".*(D4RL/|antmaze|hopper-medium)": "downloads",
+}
+FEW = {"algorithms": {"num-updates": 4, "eval-every": 2, "batch-size": 8}, "minimal": {"updates": 4}}
+
+
+@pytest.mark.slow
+def test_the_first_pages_can_be_followed_in_one_folder(tmp_path, made_pointmaze):
+    """All commands of their blocks, in order, those that train with fewer updates; then the Python of the page."""
+    for name in ("algorithms", "benchmarks", "common", "minimal"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(made_pointmaze, tmp_path / "minari")
+    env = {"HOME": str(tmp_path), "MINARI_DATASETS_PATH": str(tmp_path / "minari"), "PYTHONPATH": str(tmp_path)}
+    env = os.environ | env | {"XLA_FLAGS": ""}  # the programs are those that people run
+
+    def run(words):
+        words = [sys.executable if word == "python" else word for word in words]
+        process = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert process.returncode == (words[0] == "diff"), (words, process.stdout, process.stderr)
+
+    def of_newest_run(text):
+        runs = sorted((tmp_path / "runs").glob("*__edp_iql__*"), key=lambda folder: folder.stat().st_mtime)
+        return re.sub("runs/<(run|other)>", f"runs/{runs[-1].name}", text) if runs else text
+
+    for page in FIRST_PAGES:
+        code = r'^```py(?:thon)?(?: title="(.*?)")?\n(.*?)^```'
+        scripts = re.findall(code, page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for title, script in scripts:
+            if title:
+                (tmp_path / title).write_text(script)
+        for command in commands_in_blocks(page):
+            if any(re.match(pattern, command) for pattern in NOT_IN_ORDER):
+                continue
+            trains = re.match("python (algorithms|minimal)/(?!.*--help)", command)
+            for name, value in FEW[trains[1]].items() if trains else ():
+                command = re.sub(rf" --{name} \S+", "", command) + f" --{name} {value}"
+            run(shlex.split(of_newest_run(command)))
+        for title, script in scripts:
+            if not title:
+                run(["python", "-c", of_newest_run(script)])
 
 
 # ------------------------------------------------------------------------------------------------------------ README
