@@ -458,6 +458,11 @@ def test_help_explains_every_flag(algorithm, monkeypatch):
 
 @dataclasses.dataclass(frozen=True)
 class Unexplained:
+    """Of little use.
+
+    Note: this is no field.
+    """
+
     first: int = 1
 
     # Section

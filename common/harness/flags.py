@@ -31,7 +31,7 @@ def cli(args_class: type[T], args: Sequence[str] | None = None) -> T:
     for title, part in zip(["flags", *parts[1::2]], parts[::2]):
         texts = re.findall(r'^    (\w+): .*?(?:  # (.+)|\n    """((?s:.+?))""")?$', part, flags=re.MULTILINE)
         explained = lambda name, *texts: Annotated[hints[name], tyro.conf.arg(help="".join(texts))]
-        fields = [(name, explained(name, *text), getattr(args_class, name)) for name, *text in texts]
+        fields = [(n, explained(n, *text), getattr(args_class, n)) for n, *text in texts if n in hints]
         boxes = [(title.lower(), make_dataclass(title, fields)), *boxes] if fields else boxes
     nested, config = make_dataclass("Args", boxes), (tyro.conf.OmitArgPrefixes,)
     parsed = tyro.cli(nested, args=args, description=args_class.__doc__, config=config)
