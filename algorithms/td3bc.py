@@ -226,9 +226,7 @@ act = jax.jit(jax.vmap(jax.vmap(select_action, (None, 0, 0, None, None)), (0, 0,
 def train(args: Args) -> dict:
     """Trains and evaluates all seeds; returns the last score, OMS and RAT of each."""
     args, task = setup(args)
-    dataset, behaviour = load_dataset(task, args.reward_rule)
-    mean, std = (behaviour.obs_mean, behaviour.obs_std) if args.normalize_obs else (0, 1)
-    dataset = dataset._replace(obs=(dataset.obs - mean) / std, next_obs=(dataset.next_obs - mean) / std)
+    dataset, behaviour = load_dataset(task, args.reward_rule, args.normalize_obs)
     with Run(__file__, args, task, behaviour, act) as run:
         dataset, obs_dim, act_dim = run.to_devices(dataset), dataset.obs.shape[1], dataset.action.shape[1]
         init = jax.jit(jax.vmap(lambda key: init_state(key, obs_dim, act_dim, args)))

@@ -80,7 +80,7 @@ class Trained(NamedTuple):
 
     def act(self, obs, keys, step, args):
         """Actions in [-1, 1] for observations (seeds, batch, obs_dim) as the environment gives them, keys for each."""
-        mean, std = np.float32(self.header["normalization"])[:, None, None] if self.args.normalize_obs else (0, 1)
+        mean, std = np.float32(self.header["normalization"])[:, None, None]
         return self.module.act(self.state, (obs - mean) / std, keys, step, args)
 
 

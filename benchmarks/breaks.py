@@ -73,8 +73,8 @@ ROWS = {
     "slow-targets": in_maze({"tau": 0.005}),
     "no-target-networks": in_maze({"tau": 1.0}),
     "a-time-out-is-an-end": in_maze(
-        line="dataset, behaviour = load_dataset(task, args.reward_rule)",
-        instead="dataset, behaviour = load_dataset(task, args.reward_rule)\n"
+        line="dataset, behaviour = load_dataset(task, args.reward_rule, args.normalize_obs)",
+        instead="dataset, behaviour = load_dataset(task, args.reward_rule, args.normalize_obs)\n"
         "    dataset.terminal[behaviour.episode_end - 1] = 1",
     ),
     "rewards-not-shifted": in_maze({"reward_rule": "none"}),

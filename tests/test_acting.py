@@ -98,7 +98,7 @@ def test_spread_is_that_of_the_samples_and_of_the_data_around_their_mean():
     dataset = Dataset(*np.float32(rng.normal(size=(5, 2000, 1))))
     dataset = dataset._replace(action=0.5 + 0.2 * dataset.action)
     draw = lambda state, obs, keys, step, args: 0.1 + 0.3 * jax.random.normal(keys[0, 0], obs.shape)
-    run = acting.Trained(SimpleNamespace(act=draw), bc.Args(num_seeds=2), None, {})
+    run = acting.Trained(SimpleNamespace(act=draw), bc.Args(num_seeds=2), None, {"normalization": [[0.0], [1.0]]})
     samples, data = acting.spread(run, dataset, num_states=2000)
     np.testing.assert_allclose(samples, 0.3, rtol=0.01)
     np.testing.assert_allclose(data, np.sqrt(0.4**2 + 0.2**2), rtol=0.02)

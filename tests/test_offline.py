@@ -146,7 +146,10 @@ def test_a_tenth_of_the_episodes_is_held_back(logs, exit_sentence):
     assert len(behaviour.scores) == 18
     assert sorted({*dataset.obs[:, 0], *held.obs[:, 0]}) == list(range(20))
     assert not {*dataset.obs[:, 0]} & {*held.obs[:, 0]}
+    _, behaviour = load_dataset(task, "none", normalize_obs=True)
     np.testing.assert_allclose(behaviour.obs_mean, dataset.obs.mean(axis=0), rtol=1e-5)
+    rescaled = behaviour.held_back[0].obs * behaviour.obs_std + behaviour.obs_mean
+    np.testing.assert_allclose(rescaled, held.obs, atol=1e-4)
     assert [held_back_episodes(num).sum() for num in (2, 19, 20, 1000)] == [1, 1, 2, 100]
     assert "these data have no other" in exit_sentence(held_back_episodes, 1)
     for flag in ({"eval_episodes": 3}, {"capture_video": True}):

@@ -19,7 +19,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-FORMAT = b"edp-checkpoint-2"
+FORMAT = b"edp-checkpoint-3"
 KEPT = 2  # checkpoints of a run
 
 

@@ -243,9 +243,10 @@ def _checked(dataset: Dataset, ends: np.ndarray) -> tuple[Dataset, np.ndarray]:
 # ----------------------------------------------------------------------------------------------- from data to task
 
 
-def load_dataset(task: Task, reward_rule: RewardRule) -> tuple[Dataset, Behaviour]:
+def load_dataset(task: Task, reward_rule: RewardRule, normalize_obs: bool = False) -> tuple[Dataset, Behaviour]:
     """The task's data, ready to learn from: rewards shaped, actions scaled to [-1, 1]. Prints their statistics.
 
+    With `normalize_obs` observations are standardised, as `Run` will standardise those that the policy acts on.
     Exits with a sentence if they are damaged or do not fit their environment.
     """
     environment = task.environment
@@ -294,8 +295,13 @@ def load_dataset(task: Task, reward_rule: RewardRule) -> tuple[Dataset, Behaviou
         )
         scores = scores[~held]
         print(f"No policy is evaluated: {held.sum()} episodes are held back, on which it is diagnosed.")
-    mean, std = (f(dataset.obs, axis=0, dtype=np.float64).astype(np.float32) for f in (np.mean, np.std))
-    return dataset, Behaviour(statistics, ends, scores, mean, std + np.float32(1e-3), paths, held_back)
+    mean, std = np.zeros(dataset.obs.shape[1], np.float32), np.ones(dataset.obs.shape[1], np.float32)
+    if normalize_obs:  # 1e-3 as in TD3+BC: coordinates that never change stay finite
+        mean, std = (f(dataset.obs, axis=0, dtype=np.float64).astype(np.float32) for f in (np.mean, np.std))
+        std += np.float32(1e-3)
+        scaled = lambda of: of._replace(obs=(of.obs - mean) / std, next_obs=(of.next_obs - mean) / std)
+        dataset, held_back = scaled(dataset), held_back and (scaled(held_back[0]), held_back[1])
+    return dataset, Behaviour(statistics, ends, scores, mean, std, paths, held_back)
 
 
 def _action_bounds(task: Task) -> tuple[np.ndarray, np.ndarray]:

@@ -54,8 +54,8 @@ class Behaviour(NamedTuple):
     statistics: dict[str, Any]  # for people and args.json
     episode_end: np.ndarray  # (episodes,), index after each one's last transition
     scores: np.ndarray  # (episodes,), under the evaluation protocol
-    obs_mean: np.ndarray  # (obs_dim,)
-    obs_std: np.ndarray  # (obs_dim,), plus 1e-3 as in TD3+BC: coordinates that never change stay finite
+    obs_mean: np.ndarray  # (obs_dim,), subtracted from observations: 0 unless they are standardised
+    obs_std: np.ndarray  # (obs_dim,), which they are divided by: 1 unless they are standardised
     paths: list[tuple[np.ndarray, bool]]  # mazes only: (x, y) along some episodes, and whether they reach the goal
     held_back: tuple[Dataset, np.ndarray] | None = None  # without evaluation: other episodes, and their ends
 

@@ -75,18 +75,16 @@ class Run:
         self.row = next((n for n in range(MAX_CHUNK, MIN_CHUNK, -1) if args.eval_every % n == 0), args.eval_every)
         self.chunk = next((n for n in range(MIN_CHUNK, self.row) if self.row % n == 0), self.row)
         self.chunks, self.eval_untrained = [], task.environment.domain.eval_untrained
-        self.mean, self.std = (behaviour.obs_mean, behaviour.obs_std) if args.normalize_obs else (0, 1)
+        self.mean, self.std = behaviour.obs_mean, behaviour.obs_std
         if behaviour.held_back:
-            held, ends = behaviour.held_back
-            held = held._replace(obs=(held.obs - self.mean) / self.std, next_obs=(held.next_obs - self.mean) / self.std)
-            self.held = offline.held_back_states(held, ends, getattr(args, "gamma", 1.0))
+            self.held = offline.held_back_states(*behaviour.held_back, getattr(args, "gamma", 1.0))
         self.needed_space = MIN_SPACE
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.header = {
             "algorithm": algorithm,
             "args": dataclasses.asdict(dataclasses.replace(args, resume=None)),
             "dataset": behaviour.statistics,
-            "normalization": [behaviour.obs_mean.tolist(), behaviour.obs_std.tolist()],  # if args.normalize_obs
+            "normalization": [behaviour.obs_mean.tolist(), behaviour.obs_std.tolist()],  # mean, std
             "reference_returns": task.environment.reference,  # they score 0 and 100; null where there are none
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": python_version()},
             "jax_settings": jax_settings(),
@@ -310,9 +308,9 @@ def resumed(args):
 def load_run(folder: Path | str, algorithm: ModuleType) -> tuple[Any, Any, dict]:
     """(args, state, header) of a run of `algorithm`, a module of algorithms/, at its newest checkpoint.
 
-    Sets up JAX as a run does, so that its policy draws the same. If args.normalize_obs, `algorithm.act` takes
-    (obs - mean) / std with (mean, std) = header["normalization"]. Raises CheckpointError if there is none that is whole
-    and of this algorithm in this version.
+    Sets up JAX as a run does, so that its policy draws the same. `algorithm.act` takes (obs - mean) / std, with
+    (mean, std) = header["normalization"]. Raises CheckpointError if there is none that is whole and of this algorithm
+    in this version.
     """
     set_up_jax()
     header, stream = newest_header(Path(folder))
