@@ -36,7 +36,6 @@ from common.networks import Critic, GaussianPolicy, init_twin_critics, twin_q
 
 # ---------------------------------------------------------------------------------------------------- arguments
 NUM_BACKUP_ACTIONS = 10  # of --max-q-backup, as in Diffusion-QL's code
-POLICY_TARGET_START, POLICY_TARGET_EVERY = 1000, 5  # updates, as in Diffusion-QL's code
 MAX_WEIGHT = 20.0  # CRR's paper and the official code
 
 
@@ -86,6 +85,8 @@ class Args:
 
     # Algorithm
     max_q_backup: bool = False  # back up the best of 10 next actions, as Diffusion-QL in antmaze
+    policy_target_start: NonNegative[int] = 1000  # updates before the target policy moves, as in Diffusion-QL's code
+    policy_target_every: Positive[int] = 5  # updates between its moves from then on, as there
     temperature: Positive[float] = 1.0  # divides the advantage in the weight (beta of Eq. 20)
     num_advantage_actions: Positive[int] = 10  # N of Eq. 21
 
@@ -188,7 +189,7 @@ def train_step(state: TrainState, update: Int[Array, ""], key: PRNGKeyArray, dat
 
     # Move the targets
     target_critics = optax.incremental_update(critics, state.target_critics, args.tau)
-    policy_moves = (update > POLICY_TARGET_START) & (update % POLICY_TARGET_EVERY == 0)
+    policy_moves = (update > args.policy_target_start) & (update % args.policy_target_every == 0)
     target_policy = optax.incremental_update(policy, state.target_policy, jnp.where(policy_moves, args.tau, 0.0))
 
     state = TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)

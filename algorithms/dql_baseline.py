@@ -38,7 +38,6 @@ from common.networks import Critic, NoisePredictor, init_twin_critics, twin_q
 
 # ---------------------------------------------------------------------------------------------------- arguments
 NUM_BACKUP_ACTIONS = 10  # of --max-q-backup, as in Diffusion-QL's code
-POLICY_TARGET_START, POLICY_TARGET_EVERY = 1000, 5  # updates, as in Diffusion-QL's code
 
 
 @jax.tree_util.register_static
@@ -100,6 +99,8 @@ class Args:
     eta: NonNegative[float] | None = None
     """weight of the guidance loss (lambda of Alg. 1): 1; in adroit 0.1, in the kitchen 0.005 (Table 3)"""
     max_q_backup: bool = False  # back up the best of 10 next actions, as Diffusion-QL in antmaze
+    policy_target_start: NonNegative[int] = 1000  # updates before the target policy moves, as in Diffusion-QL's code
+    policy_target_every: Positive[int] = 5  # updates between its moves from then on, as there
 
     def __post_init__(self):  # an impossible diffusion raises ValueError
         make_schedule(self.beta_schedule, self.num_diffusion_steps)
@@ -228,7 +229,7 @@ def train_step(state: TrainState, update: Int[Array, ""], key: PRNGKeyArray, dat
 
     # Move the targets
     target_critics = optax.incremental_update(critics, state.target_critics, args.tau)
-    policy_moves = (update > POLICY_TARGET_START) & (update % POLICY_TARGET_EVERY == 0)
+    policy_moves = (update > args.policy_target_start) & (update % args.policy_target_every == 0)
     target_policy = optax.incremental_update(policy, state.target_policy, jnp.where(policy_moves, args.tau, 0.0))
 
     state = TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)

@@ -223,7 +223,7 @@ act = jax.jit(jax.vmap(jax.vmap(select_action, (None, 0, 0, None, None)), (0, 0,
 # --------------------------------------------------------------------------------------------------------- main
 def train(args: Args) -> dict:
     """Trains and evaluates all seeds; returns the last score, OMS and RAT of each."""
-    args, task = setup(args, iql=True)
+    args, task = setup(args)
     dataset, behaviour = load_dataset(task, args.reward_rule, args.normalize_obs)
     with Run(__file__, args, task, behaviour, act) as run:
         dataset, obs_dim, act_dim = run.to_devices(dataset), dataset.obs.shape[1], dataset.action.shape[1]

@@ -86,6 +86,8 @@ class Args:
 
     # Algorithm
     max_q_backup: bool = False  # back up the best of 10 next actions, as Diffusion-QL in antmaze
+    policy_target_start: NonNegative[int] = 0  # updates before the target policy moves; EDP waits for 1,000
+    policy_target_every: Positive[int] = 1  # updates between its moves from then on, if the policy moves, too; EDP: 5
     alpha: NonNegative[float] = 2.5  # weight of the guidance loss, as in TD3+BC's paper
     policy_every: Positive[int] = 2  # critic updates for each update of the policy and the targets
     policy_noise: NonNegative[float] = 0.2  # deviation of the target policy's actions
@@ -189,9 +191,9 @@ def train_step(state: TrainState, update: Int[Array, ""], key: PRNGKeyArray, dat
     policy, policy_opt, policy_metrics = jax.lax.cond(is_due, improve, wait, state.policy, state.policy_opt)
 
     # Move the targets, together with the policy
-    tau = jnp.where(is_due, args.tau, 0.0)
-    target_critics = optax.incremental_update(critics, state.target_critics, tau)
-    target_policy = optax.incremental_update(policy, state.target_policy, tau)
+    target_critics = optax.incremental_update(critics, state.target_critics, jnp.where(is_due, args.tau, 0.0))
+    policy_moves = is_due & (update > args.policy_target_start) & (update % args.policy_target_every == 0)
+    target_policy = optax.incremental_update(policy, state.target_policy, jnp.where(policy_moves, args.tau, 0.0))
 
     state = TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
     return state, critic_metrics | policy_metrics

@@ -186,7 +186,7 @@ def plan(flags: str, data: Data, args: Args) -> Job:
     check_flags(parsed)
     pin_jax()  # not `setup`: Ray starts its processes by a fork, which JAX's threads would not survive
     task = resolve_task(parsed.env_id, parsed.dataset_id, parsed.dataset_path, parsed.trust)
-    resolved = with_domain_defaults(parsed, task.environment.domain, iql=algorithm in ("iql", "edp_iql"))
+    resolved = with_domain_defaults(parsed, task.environment.domain)
     full = resolved.num_updates // resolved.eval_every
     evaluations = max(min(full, RAT_WINDOW), round(full * args.scale))
     every = max(1, round(resolved.num_updates * args.scale / evaluations))

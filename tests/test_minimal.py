@@ -60,11 +60,11 @@ def test_it_is_short_and_imports_nothing_of_ours():
 @pytest.fixture
 def args(brief, monkeypatch):
     """Of edp_td3bc, with the settings of the short file, whose target policy moves with every update."""
-    monkeypatch.setattr(edp_td3bc, "POLICY_TARGET_START", -1)
-    monkeypatch.setattr(edp_td3bc, "POLICY_TARGET_EVERY", 1)
     monkeypatch.setattr(brief, "BATCH_SIZE", SIZE)
     return edp_td3bc.Args(
         batch_size=SIZE,
+        policy_target_start=0,
+        policy_target_every=1,
         learning_rate=brief.LEARNING_RATE,
         max_grad_norm=brief.MAX_GRAD_NORM,
         gamma=brief.GAMMA,

@@ -11,7 +11,7 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 from helpers import ALGORITHMS, SCRIPTS, fields_of
 
-from algorithms import edp_iql, edp_td3bc
+from algorithms import edp_iql, edp_td3bc, iql
 from common.harness import NonNegative, Positive, UnitInterval, tasks
 from common.harness.environments import make_gym_env
 from common.harness.flags import check_flags
@@ -241,8 +241,8 @@ def test_domain_defaults_fill_only_what_is_none():
     filled = with_domain_defaults(SomeArgs(eta=0.0, num_updates=30_000), pen)
     assert filled == SomeArgs(30_000, 10_000, 3e-5, 0.0, "normalize", preset="paper")
     assert with_domain_defaults(SomeArgs(), antmaze).reward_rule == "cql_antmaze"
-    assert with_domain_defaults(SomeArgs(), antmaze, iql=True).reward_rule == "iql_antmaze"
-    assert with_domain_defaults(SomeArgs(reward_rule="none"), antmaze, iql=True).reward_rule == "none"
+    assert with_domain_defaults(iql.Args(), antmaze).reward_rule == "iql_antmaze"
+    assert with_domain_defaults(iql.Args(reward_rule="none"), antmaze).reward_rule == "none"
     assert with_domain_defaults(SomeArgs(num_updates=100), pointmaze).eval_every == 100, "shorter than the interval"
     assert with_domain_defaults(SomeArgs(num_updates=100, eval_every=50), pointmaze).eval_every == 50
 
@@ -250,16 +250,17 @@ def test_domain_defaults_fill_only_what_is_none():
 @pytest.mark.parametrize(
     ("env_id", "preset", "tau", "expected"),
     [
-        ("pen-human", None, 0.005, (0.005, False)),
-        ("pen-human", "fast", 0.005, (0.2, True)),
-        ("pointmaze-umaze", None, 0.005, (0.2, True)),
-        ("pointmaze-umaze", None, 0.1, (0.1, True)),  # a flag that is given stays
-        ("pointmaze-umaze", "paper", 0.005, (0.005, False)),
+        ("pen-human", None, 0.005, (0.005, False, 3e-5)),
+        ("pen-human", "fast", 0.005, (0.2, True, 3e-4)),
+        ("pointmaze-umaze", None, 0.005, (0.2, True, 3e-4)),
+        ("bandit", None, 0.005, (0.2, True, 3e-3)),
+        ("pointmaze-umaze", None, 0.1, (0.1, True, 3e-4)),  # a flag that is given stays
+        ("pointmaze-umaze", "paper", 0.005, (0.005, False, 3e-4)),
     ],
 )
 def test_the_fast_preset_sets_what_was_not_given(env_id, preset, tau, expected):
     args = with_domain_defaults(SomeArgs(preset=preset, tau=tau), TASKS[env_id].environment.domain)
-    assert (args.tau, args.normalize_obs) == expected
+    assert (args.tau, args.normalize_obs, args.learning_rate) == expected
 
 
 @pytest.mark.parametrize(
@@ -308,14 +309,14 @@ def number(text: str) -> float:
 
 def test_settings_that_are_not_the_papers_are_named_with_their_reason():
     args = edp_iql.Args(env_id="pointmaze-umaze", batch_size=64, run_dir="run")
-    args = with_domain_defaults(args, TASKS["pointmaze-umaze"].environment.domain, iql=True)
+    args = with_domain_defaults(args, TASKS["pointmaze-umaze"].environment.domain)
     of_preset = ["normalize_obs True", "lr_decay True", "tau 0.2", "critic_layer_norm True", "prediction action"]
     of_domain = ["reward_rule iql_antmaze", "preset fast", "eval_every 1000", "eval_episodes 100", "num_updates 3000"]
     expected = [f"{setting} (preset fast)" for setting in of_preset]
     expected += [f"{setting} (pointmaze)" for setting in (*of_domain, "expectile 0.9")] + ["batch_size 64 (given)"]
     assert sorted(differences(args, TASKS["pointmaze-umaze"].environment.domain)) == sorted(expected)
     locomotion = TASKS["hopper-medium"].environment.domain
-    args = with_domain_defaults(edp_iql.Args(env_id="hopper-medium"), locomotion, iql=True)
+    args = with_domain_defaults(edp_iql.Args(env_id="hopper-medium"), locomotion)
     assert differences(args, locomotion) == []
 
 
@@ -324,7 +325,7 @@ def test_the_help_of_a_flag_names_its_value_in_every_domain(algorithm):
     """A text that names a domain's value names what a run there has; a flag without a default has such a text."""
     args = importlib.import_module(f"algorithms.{algorithm}").Args()
     for domain in DOMAINS.values():
-        filled = with_domain_defaults(args, domain, iql=algorithm.endswith("iql"))
+        filled = with_domain_defaults(args, domain)
         for name, text in fields_of(algorithm).items():
             value, says = getattr(filled, name), stated(text, domain)
             if says is not None:

@@ -34,8 +34,8 @@ LARGEST = 1e10  # of any number in the data: its square is still far from float3
 FARTHEST = 10  # times its bounds an action may be; D4RL's own data leave them, but not so far
 
 
-def setup(args, iql: bool = False):
-    """(args, task): checks the flags, finds the data, fills in the domain's defaults (`iql`: with IQL's reward rule).
+def setup(args):
+    """(args, task): checks the flags, finds the data, fills in the domain's defaults.
 
     Makes (pointmaze) or downloads data that are not there. Exits with one sentence if something is impossible.
     """
@@ -45,7 +45,7 @@ def setup(args, iql: bool = False):
     if args.dataset_path is not None:
         args = dataclasses.replace(args, dataset_path=str(Path(args.dataset_path).expanduser().absolute()))
     task = resolve_task(args.env_id, args.dataset_id, args.dataset_path, args.trust)
-    args = tasks.with_domain_defaults(args, task.environment.domain, iql)
+    args = tasks.with_domain_defaults(args, task.environment.domain)
     if args.capture_video or args.eval_episodes:
         if not task.is_played:
             raise SystemExit(

@@ -185,13 +185,16 @@ def find_task(env_id: str) -> Task:
     )
 
 
-def with_domain_defaults(args, domain: Domain, iql: bool = False):
-    """`args` with every field that is None set to the domain's default; `iql` chooses IQL's reward rule.
+def with_domain_defaults(args, domain: Domain):
+    """`args` with every field that is None set to the domain's default; IQL's reward rule for what has an expectile.
 
-    The preset "fast" then sets the fields of `FAST` (`FAST_DDPM`) that are at their default. A run shorter than the
-    domain's evaluation interval is evaluated once, at its end. Exits if the updates are no multiple of that interval.
+    The preset "fast" then sets the fields of `FAST` (`FAST_DDPM`) that are at their default, and raises adroit's rate.
+    A run shorter than the domain's evaluation interval is evaluated once, at its end. Exits if the updates are no
+    multiple of that interval.
     """
-    defaults = domain._asdict() | ({"reward_rule": domain.iql_reward_rule} if iql else {})
+    defaults = domain._asdict() | ({"reward_rule": domain.iql_reward_rule} if hasattr(args, "expectile") else {})
+    if (args.preset or domain.preset) == "fast":  # adroit's 3e-5 is for a million updates
+        defaults["learning_rate"] = max(domain.learning_rate, LOCOMOTION.learning_rate)
     if args.num_updates is not None:
         defaults["eval_every"] = min(defaults["eval_every"], max(args.num_updates, 1))
     unset = [field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None]
