@@ -6,7 +6,8 @@
 
 A folder has runs below it, or condensed: runs.json (the args.json of each), returns.csv (its eval.csv) and acting.csv.
 artefacts.json, if there is one, says which run is which cell; <name>.md, .csv and .png are made from it. Where it says
-"alone", <name>-<algorithm>.md and .png are made, too: the table and the curves on the page of each algorithm.
+"alone", <name>-<algorithm>.md and .png are made, too: the table and the curves on the page of each algorithm. Of its
+"pairs" of columns <name>-pairs.csv and .png tell how they compare.
 """
 
 import sys
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pairs
 import tyro
 from matplotlib.figure import Figure
 from runner import Result, other_settings, read_csv, read_run, result_of
@@ -368,6 +370,8 @@ def write_report(folder: Path, name: str, artefact: dict, runs: dict[str, Result
         draw_curves(artefact, runs, behaviour, picture)
     if artefact.get("alone"):
         write_alone(folder, name, artefact, rows, runs)
+    if artefact.get("pairs"):
+        parts += write_pairs(folder, name, artefact, runs)
     parts += [f"![{artefact['title']}]({picture.name})"] if picture.exists() else []
     (folder / f"{name}.md").write_text(text := "\n\n".join(parts) + "\n")
     return text
@@ -382,6 +386,22 @@ def write_alone(folder: Path, name: str, artefact: dict, cells: list[dict], runs
         rows = [cell for cell in cells if cell["column"] in of and cell["metric"] == "last"]
         (folder / f"{name}-{algorithm}.md").write_text(table(rows, behaviour, mean) + "\n")
         draw_alone(artefact, of, runs, behaviour, folder / f"{name}-{algorithm}.png")
+
+
+def write_pairs(folder: Path, name: str, artefact: dict, runs: dict[str, Result]) -> list[str]:
+    """Writes <name>-pairs.csv and .png, of the datasets for which all runs are there; returns the Markdown."""
+    found = [[runs.get(run) for run in row["runs"].values()] for row in artefact["rows"]]
+    found = [of for of in found if all(sample_of(run, {}, "last") is not None for run in of)]
+    if not found or min(len(run.scores[-1]) for of in found for run in of) < 2:
+        return []
+    by_column = dict(zip(artefact["columns"], zip(*found)))
+    last = {column: [run.scores[-1] for run in of] for column, of in by_column.items()}
+    policies = {column: [run.scores.ravel() for run in of] for column, of in by_column.items()}
+    rows = pairs.rows_of({(a, b): (last[a], last[b]) for a, b in artefact["pairs"]})
+    write_csv(folder / f"{name}-pairs.csv", rows)
+    pairs.draw(last, policies, artefact["pairs"]).savefig(folder / f"{name}-pairs.png", dpi=150)
+    picture = f"![share of runs above a score; expected score of the best of some policies]({name}-pairs.png)"
+    return ["Differences of the last scores:", markdown(pairs.lines_of(rows)), picture]
 
 
 def write_reports(folder: Path, names: Iterable[str] | None = None) -> None:

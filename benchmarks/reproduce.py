@@ -1,5 +1,6 @@
 """The tables and figures of the EDP paper by one command each: plans runs, runs what is missing, draws the result.
 
+    python benchmarks/reproduce.py published matched                 # our own: short runs of EDP and its counterparts
     python benchmarks/reproduce.py table5 --data local               # where there are local datasets of its tasks
     python benchmarks/reproduce.py fig4 fig7 --data edp/hopper/medium-replay-v0 --scale 0.005 --flags="--preset fast"
     python benchmarks/reproduce.py all --data ~/.d4rl/datasets --on ray --address auto --gpus 0.25
@@ -60,6 +61,7 @@ COLUMNS = {  # file of the algorithm, and its own flags
     "EDP + CRR": "edp_crr",
     "IQL": "iql",
     "EDP + IQL": "edp_iql",
+    "Diffusion-QL": "dql_baseline --num-diffusion-steps 5 --beta-schedule vp",  # as its own code
     "Diffusion-QL, K = 100": "dql_baseline",
     "EDP + TD3+BC, K = 100": "edp_td3bc --num-diffusion-steps 100 --sampler ddpm",
 }
@@ -72,6 +74,9 @@ class Artefact(NamedTuple):
     metrics: tuple[str, ...] = ("last",)
     tasks: tuple[str, ...] = PAPER_TASKS
     kind: Literal["table", "means", "sweep", "hyperparameters", "speeds"] = "table"
+    pairs: tuple[tuple[str, str], ...] = ()  # columns to compare: of this project's own tables
+    data: tuple[str, ...] = ("paper",)
+    flags: str = ""  # of all runs
 
 
 def columns(*names: str) -> dict[str, dict[str, Any]]:
@@ -83,6 +88,20 @@ def sweep(title: str, setting: str, *values: float, **fixed: int) -> Artefact:
     return Artefact(f"{title}, EDP + TD3+BC", "", cells, tasks=LOCOMOTION_TASKS, kind="sweep")
 
 
+# What takes minutes on a CPU: ten thousand updates on datasets that are made on the spot.
+SHORT = {"flags": "--preset fast --seed 10 --num-updates 10000 --eval-every 2500 --eval-episodes 20"}
+SHORT["data"] = ("edp/hopper/medium-v1", "edp/halfcheetah/medium-v1", "edp/halfcheetah/medium-replay-v1")
+SHORT["data"] += ("edp/pen/expert-v1", "pointmaze-large", "edp/antmaze/umaze-play-v1")
+PAIRS = tuple((f"EDP + {name}", name) for name in ("TD3+BC", "CRR", "IQL"))
+MATCHED = {  # the policy alone differs: candidates, weight of the guidance, temperature, the wait of the target policy
+    "TD3+BC": "td3bc --num-eval-actions 10 --alpha 1 --policy-every 1 "
+    "--policy-target-start 1000 --policy-target-every 5",
+    "EDP + TD3+BC": "edp_td3bc --eta 1",
+    "CRR": "crr --num-eval-actions 10",
+    "EDP + CRR": "edp_crr --eta 1",
+    "IQL": "iql --num-eval-actions 10 --temperature 1",
+    "EDP + IQL": "edp_iql --eta 1",
+}
 EDP, DQL, TWO = "EDP + TD3+BC", "Diffusion-QL, K = 100", ("RAT", "OMS")
 EAS = columns(EDP, "TD3+BC") | {"TD3+BC with EAS": {"flags": "td3bc", "acting": {"num_eval_actions": 10}}}
 ARTEFACTS = {
@@ -99,6 +118,18 @@ ARTEFACTS = {
     "fig5": sweep("Fig. 5: network calls of DPM-Solver", "num_solver_calls", 3, 6, 9, 12, 15, 20, 25, 30),
     "fig6": sweep("Fig. 6: scaled policy", "policy_temperature", 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, num_eval_actions=1),
     "fig7": sweep("Fig. 7: scaled initial noise", "init_noise_scale", 0.0, 0.25, 0.5, 0.75, 1.0, num_eval_actions=1),
+    "published": Artefact(
+        "Nine algorithms, each with its own paper's settings",
+        columns=columns(*list(COLUMNS)[:9]),
+        pairs=(*PAIRS, ("EDP + TD3+BC", "Diffusion-QL")),
+        **SHORT,
+    ),
+    "matched": Artefact(
+        "EDP and its counterparts with the same settings",
+        columns={name: {"flags": flags} for name, flags in MATCHED.items()},
+        pairs=PAIRS,
+        **SHORT,
+    ),
 }
 
 
@@ -106,10 +137,11 @@ ARTEFACTS = {
 class Args(Execution):
     """Redo tables and figures of the EDP paper."""
 
-    artefacts: tyro.conf.Positional[tuple[Literal[(*ARTEFACTS, "all")], ...]]  # what to redo
-    data: tuple[str, ...] = ("paper",)
-    """paper: the paper's tasks, from Minari; local: those of them that have a local dataset of that robot and quality;
-    pointmaze: all three; or a folder with D4RL's files, names of tasks, ids of Minari datasets"""
+    artefacts: tyro.conf.Positional[tuple[Literal[(*ARTEFACTS, "all")], ...]]  # what to redo; all: of the paper
+    data: tuple[str, ...] = ()
+    """by default paper, and for published and matched six datasets that are made here. paper: the paper's tasks, from
+    Minari; local: those of them that have a local dataset of that robot and quality; pointmaze: all three; or a folder
+    with D4RL's files, names of tasks, ids of Minari datasets"""
     scale: float = 1.0  # shortens every run by this factor, but to no fewer than ten evaluations
     num_seeds: int = SEEDS  # seeds of each run, trained together
     flags: str = ""  # for all runs: --flags "--preset fast --eval-episodes 5"
@@ -178,10 +210,10 @@ NO_CODE |= {"records", "run"}
 
 
 @functools.cache
-def plan(flags: str, data: Data, args: Args) -> Job:
+def plan(flags: str, of_all: str, data: Data, args: Args) -> Job:
     """The run of a column on a dataset. Exits with one sentence if it is impossible."""
     algorithm, *own = shlex.split(flags)
-    own += ["--num-seeds", str(args.num_seeds), *shlex.split(args.flags), *data.flags]
+    own += ["--num-seeds", str(args.num_seeds), *shlex.split(of_all), *shlex.split(args.flags), *data.flags]
     parsed = tyro.cli(importlib.import_module(f"algorithms.{algorithm}").Args, prog=f"{algorithm}.py", args=own)
     check_flags(parsed)
     pin_jax()  # not `setup`: Ray starts its processes by a fork, which JAX's threads would not survive
@@ -229,14 +261,17 @@ def code_digest(algorithm: str) -> str:
 def plan_artefact(name: str, args: Args, jobs: dict[Path, Job]) -> dict[str, Any]:
     """What report.py needs to know of an artefact; adds its runs to `jobs`. Exits if nothing of it can be run."""
     artefact, rows, impossible = ARTEFACTS[name], [], {}
-    choice = ["--data", *args.data, "--scale", f"{args.scale:g}", "--num-seeds", str(args.num_seeds)]
+    chosen = args.data or artefact.data
+    choice = ["--data", *chosen, "--scale", f"{args.scale:g}", "--num-seeds", str(args.num_seeds)]
     command = ["python", "benchmarks/reproduce.py", name, *choice, *[f"--flags={args.flags}"] * bool(args.flags)]
     record = artefact._asdict() | {"command": shlex.join(command), "scale": args.scale}
     if artefact.kind in LINES:
         return record
-    for data in dict.fromkeys(find_data(args.data, artefact.tasks)):
+    for data in dict.fromkeys(find_data(chosen, artefact.tasks)):
+        data = data._replace(task=None, differs=()) if artefact.pairs else data
+        flags = {column: spec["flags"] for column, spec in artefact.columns.items()}
         try:
-            planned = {column: plan(spec["flags"], data, args) for column, spec in artefact.columns.items()}
+            planned = {column: plan(own, artefact.flags, data, args) for column, own in flags.items()}
         except SystemExit as error:
             if not isinstance(error.code, str):  # of tyro, which has said what is wrong
                 raise
@@ -248,7 +283,7 @@ def plan_artefact(name: str, args: Args, jobs: dict[Path, Job]) -> dict[str, Any
         names = {column: job.folder.relative_to(args.folder).as_posix() for column, job in planned.items()}
         rows.append({"data": data.name, "task": data.task, "differs": data.differs, "runs": names})
     if not rows:
-        raise SystemExit(next(iter(impossible.values()), f"--data {' '.join(args.data)} has none of {name}'s tasks."))
+        raise SystemExit(next(iter(impossible.values()), f"--data {' '.join(chosen)} has none of {name}'s tasks."))
     for left_out, reason in impossible.items():
         print(f"{name} goes without {left_out}: {reason}")
     updates = sorted({jobs[args.folder / run].num_updates for row in rows for run in row["runs"].values()})
@@ -308,7 +343,8 @@ def main(args: Args) -> None:
     except ValueError as error:
         raise SystemExit(f"--flags cannot be split into words: {error}.") from None
     jobs: dict[Path, Job] = {}
-    names = ARTEFACTS if "all" in args.artefacts else dict.fromkeys(args.artefacts)
+    of_paper = [name for name, artefact in ARTEFACTS.items() if not artefact.pairs]
+    names = of_paper if "all" in args.artefacts else dict.fromkeys(args.artefacts)
     artefacts = {name: plan_artefact(name, args, jobs) for name in names}
     try:
         args.folder.mkdir(parents=True, exist_ok=True)

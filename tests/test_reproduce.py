@@ -271,7 +271,7 @@ def test_local_datasets_and_d4rl_files_are_found_by_their_names(datasets, tmp_pa
 def plan(folder, column="bc", **changes):
     args = reproduce.Args(artefacts=("table2",), num_seeds=1, folder=folder, **{"flags": FLAGS} | changes)
     (data,) = reproduce.find_data(("pointmaze-umaze",), ())
-    return reproduce.plan(column, data, args)
+    return reproduce.plan(column, "", data, args)
 
 
 def test_the_key_changes_with_all_that_decides_the_numbers_and_with_nothing_else(pointmaze_datasets, tmp_path):
