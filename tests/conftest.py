@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import shutil
-import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -129,15 +128,15 @@ def pointmaze_datasets(datasets, made_pointmaze):
 class Hub(ThreadingHTTPServer):
     """A stand-in for Hugging Face on the loopback interface: what Minari's client asks it for datasets.
 
-    `folder` holds <group>/<repository>/<file>. `requests` are those made; the first answer with a file whose name ends
-    in `cut` breaks off in its middle. A file that is not there is answered with 404, as the hub does.
+    `folder` holds <group>/<repository>/<file>; `requests` are the paths that were asked for. What is not there is
+    answered with 404, as the hub does.
     """
 
     daemon_threads, commit = True, "c" * 40
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), _HubHandler)
-        self.folder, self.requests, self.cut = folder, [], None
+        self.folder, self.requests = folder, []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -148,23 +147,15 @@ class _HubHandler(BaseHTTPRequestHandler):
         pass
 
     def answer(self, body: bytes, status=200, **headers):
-        start, cut = 0, self.server.cut is not None and self.path.endswith(self.server.cut) and self.command == "GET"
-        if self.headers["Range"]:
-            start, status = int(self.headers["Range"].removeprefix("bytes=").split("-")[0]), 206
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         self.send_response(status)
-        for name, value in (
-            {"Content-Length": len(body) - start, "X-Repo-Commit": self.server.commit} | headers
-        ).items():
+        for name, value in ({"Content-Length": len(body), "X-Repo-Commit": self.server.commit} | headers).items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
-        if cut:
-            self.server.cut, body, self.close_connection = None, body[: len(body) // 2], True
         if self.command == "GET":
-            self.wfile.write(body[start:])
+            self.wfile.write(body)
 
     def do_GET(self):
-        self.server.requests.append((self.command, self.path, self.headers["Range"]))
+        self.server.requests.append(self.path)
         url = urlsplit(self.path)
         parts, query, root = url.path.strip("/").split("/"), parse_qs(url.query), self.server.folder
         send = lambda value: self.answer(json.dumps(value).encode(), Content_Type="application/json")
@@ -182,7 +173,7 @@ class _HubHandler(BaseHTTPRequestHandler):
         elif parts == [""]:
             self.answer(b"")
         elif parts[0] == "datasets" and (file := root.joinpath(*parts[1:3], *parts[5:])).is_file():
-            self.answer(file.read_bytes(), ETag=f'"{file.stat().st_size}"', Accept_Ranges="bytes")
+            self.answer(file.read_bytes(), ETag=f'"{file.stat().st_size}"')
         else:
             self.answer(b"", 404, X_Error_Code="EntryNotFound" if parts[0] == "datasets" else "RepoNotFound")
 
@@ -213,17 +204,6 @@ def local_datasets(datasets, monkeypatch):
         pytest.skip(f"no local datasets in {root}; EDP_LOCAL_DATASETS names their folder")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
     return root
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 MB of its own."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("only root can mount a small file system")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)  # a run that was refused keeps its lock
 
 
 @pytest.fixture

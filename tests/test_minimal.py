@@ -1,6 +1,5 @@
 """The one file that people copy: it computes what edp_td3bc.py computes, reads data as the harness does, and learns."""
 
-import importlib.util
 import itertools
 import re
 import subprocess
@@ -305,24 +304,3 @@ def test_the_program_learns_the_bandit(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- its page
-
-
-def test_the_page_shows_every_line_once():
-    """From the first constant to the end of `main`; blank lines may lie between two sections."""
-    pytest.importorskip("mkdocs", reason="requirements-docs.txt has it")
-    pytest.importorskip("ziamath", reason="requirements-docs.txt has it")
-    from mkdocs.exceptions import PluginError
-
-    spec = importlib.util.spec_from_file_location("hooks", FILE.parents[1] / "docs" / "hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
-    page = (FILE.parents[1] / "docs" / "minimal.md").read_text()
-    marks = re.findall(r"^<!-- code: minimal/edp.py (\w+)(?: to (\w+))? -->$", page, flags=re.MULTILINE)
-    shown = "".join(hooks.explained("minimal/edp.py", first, last or None, "") for first, last in marks)
-    numbers = [range(int(a), int(b) + 1) for a, b in re.findall(r"lines (\d+) to (\d+)", shown)]
-    lines = FILE.read_text().splitlines()
-    first, end = lines.index("import optax") + 2, lines.index('if __name__ == "__main__":') + 1
-    expected = [number for number in range(first, end) if lines[number - 1]]
-    assert [number for number in itertools.chain(*numbers) if lines[number - 1]] == expected
-    with pytest.raises(PluginError, match="does not define gone"):
-        hooks.explained("minimal/edp.py", "gone", None, "")
