@@ -156,22 +156,21 @@ class _HubHandler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.requests.append(self.path)
-        url = urlsplit(self.path)
-        parts, query, root = url.path.strip("/").split("/"), parse_qs(url.query), self.server.folder
+        url, root = urlsplit(self.path), self.server.folder
+        parts, query = url.path.strip("/").split("/"), parse_qs(url.query)
         send = lambda value: self.answer(json.dumps(value).encode(), Content_Type="application/json")
         about = lambda repo: {"id": repo, "sha": self.server.commit, "private": False, "tags": [], "siblings": []}
-        if parts[:2] == ["api", "datasets"] and len(parts) == 2:
+        if parts == ["api", "datasets"]:
             group, search = query["author"][0], query.get("search", [""])[0]
             send([about(f"{group}/{path.name}") for path in (root / group).glob("*") if search in path.name])
         elif parts[:2] == ["api", "datasets"] and "tree" in parts:
             repo = root.joinpath(*parts[2:4])
-            files = [path for path in sorted(repo.rglob("*")) if path.is_file()]
-            entry = lambda path: {"path": path.relative_to(repo).as_posix(), "size": path.stat().st_size}
-            send([entry(path) | {"type": "file", "oid": "0" * 40} for path in files])
-        elif parts[:2] == ["api", "datasets"] and root.joinpath(*parts[2:4]).is_dir():
+            sizes = {
+                path.relative_to(repo).as_posix(): path.stat().st_size for path in repo.rglob("*") if path.is_file()
+            }
+            send([{"path": path, "size": size, "type": "file", "oid": "0" * 40} for path, size in sizes.items()])
+        elif parts[:2] == ["api", "datasets"]:
             send(about("/".join(parts[2:4])))
-        elif parts == [""]:
-            self.answer(b"")
         elif parts[0] == "datasets" and (file := root.joinpath(*parts[1:3], *parts[5:])).is_file():
             self.answer(file.read_bytes(), ETag=f'"{file.stat().st_size}"')
         else:

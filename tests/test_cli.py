@@ -31,7 +31,7 @@ from helpers import (
     run_script,
 )
 
-from algorithms import bc, edp_td3bc, iql, td3bc
+from algorithms import bc, edp_td3bc, td3bc
 from common.harness import load_run
 from common.harness.checkpoint import CheckpointError
 from common.harness.devices import seed_keys, set_up_jax
@@ -94,15 +94,6 @@ def test_the_tables_have_every_chunk_seed_and_episode(finished):
     for row in rows_of(finished[0] / "eval.csv"):
         assert row["return"] in ("0.0", "1.0")
         assert int(row["length"]) == 300 if row["return"] == "0.0" else int(row["length"]) <= 300
-
-
-def test_the_checkpoint_holds_the_trained_state(finished):
-    args, state, header = load_run(finished[0], iql)
-    assert dataclasses.asdict(args) == json.loads((finished[0] / "args.json").read_text())["args"]
-    assert header["update"] == 20
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
-    counts = [np.ravel(leaf) for leaf in jax.tree.leaves(state) if leaf.dtype == np.int32]
-    assert max(np.concatenate(counts)) == 20, "updates, as the optimizers count them"
 
 
 def test_pictures_and_tensorboard_show_something(finished):

@@ -29,8 +29,6 @@ from common.harness.tasks import ENVIRONMENTS, TASKS, with_domain_defaults
 
 ROOT = SCRIPTS.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAIRS = sorted(path.stem for path in (ROOT / "docs" / "side-by-side").glob("*-*.md"))
-
 # ---------------------------------------------------------------------------------------------------------- commands
 
 NOT_RUN = {  # and why
@@ -299,21 +297,6 @@ def test_the_page_of_an_algorithm_holds_every_function_of_it_as_it_is(site, algo
         assert f"algorithms/{algorithm}.py, lines {node.lineno} to {node.end_lineno}" in text
     for field in re.findall(r"^    (\w+): .*\n    \"\"\"", source, flags=re.MULTILINE):
         assert f"--{field.replace('_', '-')}" in text
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-def test_a_side_by_side_page_holds_both_files_as_they_are_and_marks_what_differs(site, pair):
-    text = (site / "side-by-side" / f"{pair}.html").read_text()
-    cells = "".join(rf"<i>(?P<number_{side}>\d*)</i><code>(?P<{side}>.*?)</code>" for side in ("left", "right"))
-    rows = list(re.finditer(rf'<div class="(?P<kind>same|changed|removed|added)">{cells}</div>', text, flags=re.DOTALL))
-    for name, side in zip(pair.split("-"), ("left", "right")):
-        lines = [plain(row[side]) for row in rows if row[f"number_{side}"]]
-        assert lines == (SCRIPTS / f"{name}.py").read_text().splitlines()
-    for row in rows:
-        if row["kind"] in ("same", "changed"):
-            left, right = (plain(re.sub(r"<mark>.*?</mark>", "", row[side])) for side in ("left", "right"))
-            assert "".join(left.split()) == "".join(right.split())
-            assert ("<mark>" in row["left"] + row["right"]) == (row["kind"] == "changed")
 
 
 def test_what_is_missing_ends_the_build(hooks, tmp_path, monkeypatch):

@@ -175,18 +175,6 @@ def test_a_write_that_fails_ends_the_run_with_a_sentence_and_what_was_saved_is_g
     same_run(home / "whole", run)
 
 
-@pytest.mark.slow
-def test_a_run_that_goes_on_may_begin_to_film(train, tmp_path):
-    pytest.importorskip("moviepy", reason="requirements-dev.txt has it")
-    train(bc, tmp_path / "nine", num_updates=9)
-    with pytest.raises(KeyboardInterrupt):
-        train(bc, tmp_path / "filmed", stop=6, num_updates=9)
-    train(bc, resume=str(tmp_path / "filmed"), capture_video=True)
-    same_run(tmp_path / "nine", tmp_path / "filmed")
-    videos = {path.name for path in (tmp_path / "filmed" / "videos").iterdir()}
-    assert videos == {"update-6.mp4", "update-9.mp4"}
-
-
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     header = {"update": 1, "dataset": {}}
     with pytest.raises(CheckpointError, match="not finite"):

@@ -9,8 +9,9 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 from helpers import ALGORITHMS, fields_of
 
-from algorithms import edp_iql
-from common.harness import NonNegative, Positive, UnitInterval, tasks
+from algorithms import dql_baseline, edp_iql
+from algorithms.edp_td3bc import Args
+from common.harness import tasks
 from common.harness.environments import make_gym_env
 from common.harness.flags import check_flags
 from common.harness.recorded import task_of_dataset
@@ -199,31 +200,19 @@ def test_any_other_environment_is_evaluated_as_recorded_with_raw_returns_and_the
 # --------------------------------------------------------------------------------------------- defaults and bounds
 
 
-@dataclasses.dataclass(frozen=True)
-class SomeArgs:
-    num_updates: Positive[int] | None = None
-    eval_every: int | None = None
-    learning_rate: float | None = None
-    eta: NonNegative[float] | None = None
-    reward_rule: str | None = None
-    run_dir: str | None = None  # not a domain's affair
-    gamma: UnitInterval[float] = 0.5
-    seed: NonNegative[int] = 0
-    num_seeds: Positive[int] = 1
-    preset: str | None = None
-    tau: float = 0.005
-    normalize_obs: bool = False
-
-
 def test_domain_defaults_fill_only_what_is_none():
     pen, antmaze, pointmaze = (TASKS[env_id].environment.domain for env_id in ("pen-human", ANTMAZE[0], POINTMAZE[0]))
-    filled = with_domain_defaults(SomeArgs(eta=0.0, num_updates=30_000), pen)
-    assert filled == SomeArgs(30_000, 10_000, 3e-5, 0.0, "normalize", preset="paper")
-    assert with_domain_defaults(SomeArgs(), antmaze).reward_rule == "cql_antmaze"
-    assert with_domain_defaults(SomeArgs(), antmaze, iql=True).reward_rule == "iql_antmaze"
-    assert with_domain_defaults(SomeArgs(reward_rule="none"), antmaze, iql=True).reward_rule == "none"
-    assert with_domain_defaults(SomeArgs(num_updates=100), pointmaze).eval_every == 100, "shorter than the interval"
-    assert with_domain_defaults(SomeArgs(num_updates=100, eval_every=50), pointmaze).eval_every == 50
+    args = Args(eta=0.0, num_updates=30_000)
+    of_pen = {"eval_every": 10_000, "eval_episodes": 10, "learning_rate": 3e-5, "reward_rule": "normalize"}
+    assert with_domain_defaults(args, pen) == dataclasses.replace(args, **of_pen, preset="paper")
+    assert with_domain_defaults(Args(), antmaze).reward_rule == "cql_antmaze"
+    assert with_domain_defaults(Args(), antmaze, iql=True).reward_rule == "iql_antmaze"
+    assert with_domain_defaults(Args(reward_rule="none"), antmaze, iql=True).reward_rule == "none"
+    assert with_domain_defaults(Args(num_updates=100), pointmaze).eval_every == 100, "shorter than the interval"
+    assert with_domain_defaults(Args(num_updates=100, eval_every=50), pointmaze).eval_every == 50
+    for args, chain in ((dql_baseline.Args(), (5, "vp")), (Args(), (1000, "linear"))):  # DDPM's is short on the toy
+        filled = with_domain_defaults(args, tasks.BANDIT)
+        assert (filled.num_diffusion_steps, filled.beta_schedule) == chain
 
 
 @pytest.mark.parametrize(
@@ -237,23 +226,23 @@ def test_domain_defaults_fill_only_what_is_none():
     ],
 )
 def test_the_fast_preset_sets_what_was_not_given(env_id, preset, tau, expected):
-    args = with_domain_defaults(SomeArgs(preset=preset, tau=tau), TASKS[env_id].environment.domain)
+    args = with_domain_defaults(Args(preset=preset, tau=tau), TASKS[env_id].environment.domain)
     assert (args.tau, args.normalize_obs) == expected
 
 
 @pytest.mark.parametrize(
     ("flag", "accepted", "refused", "allowed"),
     [
-        ("num_updates", [None, 1], [0, -1, np.inf, np.nan], "positive"),
+        ("num_updates", [None, 1], [0, -1], "positive"),
         ("eta", [None, 0.0, 7.0], [-0.1, np.inf, np.nan], "0 or more"),
         ("gamma", [0.0, 0.3, 1.0], [-0.1, 1.1, np.inf, np.nan], "between 0 and 1"),
     ],
 )
 def test_the_bounds_of_a_flag_stand_in_its_type(flag, accepted, refused, allowed, exit_sentence):
     for value in accepted:
-        check_flags(SomeArgs(**{flag: value}))
+        check_flags(Args(**{flag: value}))
     for value in refused:
-        sentence = exit_sentence(check_flags, SomeArgs(**{flag: value}))
+        sentence = exit_sentence(check_flags, Args(**{flag: value}))
         assert sentence == f"--{flag.replace('_', '-')} must be {allowed}, but is {value}."
 
 
