@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
-import io
 import json
 import os
 import re
@@ -188,22 +187,26 @@ def test_an_impossible_argument_exits_naming_it(args, named, pointmaze_datasets,
     assert not (tmp_path / "run").exists(), "a refused run leaves nothing"
 
 
-def test_an_impossible_diffusion_is_refused(exit_sentence):
-    assert "order 3 needs at least 3 network calls, not 2" in exit_sentence(
-        cli, edp_td3bc.Args, flags_of(num_solver_calls=2)
-    )
-
-
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_no_number_may_be_negative_and_no_count_0(algorithm, exit_sentence):
+def test_no_number_may_be_negative_or_infinite_and_no_count_0(algorithm, exit_sentence):
     args_class = module_of(algorithm).Args
     for name, hint in get_type_hints(args_class).items():
         kinds = {hint, *getattr(hint, "__args__", ())}
-        values = {int: -1, float: -0.1} | ({int: 0} if name.startswith(("num_", "eval_every", "batch_")) else {})
-        for kind in kinds & {int, float}:
+        values = [-1] if int in kinds else [-0.1, np.inf, np.nan] if float in kinds else []
+        values += [0] if name.startswith(("num_", "eval_every", "batch_")) else []
+        for value in values:
             with contextlib.suppress(ValueError):  # an impossible diffusion
                 flag = "--" + name.replace("_", "-")
-                assert flag in exit_sentence(check_flags, args_class(**{name: values[kind]}))
+                assert flag in exit_sentence(check_flags, args_class(**{name: value}))
+    check_flags(args_class(num_updates=1, seed=0))
+
+
+def test_a_share_is_between_0_and_1_and_a_diffusion_possible(exit_sentence):
+    for gamma in (0.0, 1.0):
+        check_flags(edp_td3bc.Args(gamma=gamma))
+    assert exit_sentence(check_flags, edp_td3bc.Args(gamma=1.1)) == "--gamma must be between 0 and 1, but is 1.1."
+    sentence = exit_sentence(cli, edp_td3bc.Args, ["--num-solver-calls", "2"])
+    assert "order 3 needs at least 3 network calls, not 2" in sentence
 
 
 DRAW = """
@@ -216,16 +219,13 @@ check_camera(ENVIRONMENTS["Hopper"])
 
 
 @pytest.mark.parametrize("way", ["glfw", "no such way"])
-def test_where_nothing_can_be_drawn_one_sentence_has_the_remedy(way):
+def test_where_nothing_can_be_drawn_one_sentence_has_the_remedy(way, monkeypatch, exit_sentence):
     """GLFW needs a display."""
     env = os.environ | {"MUJOCO_GL": way, "DISPLAY": ""}
     process = subprocess.run([sys.executable, "-c", DRAW], env=env, capture_output=True, text=True)
     assert process.returncode == 1
     (sentence,) = process.stderr.splitlines()
     assert all(part in sentence for part in ("MUJOCO_GL=egl", "libegl1", "MUJOCO_GL=osmesa", "libosmesa6"))
-
-
-def test_video_without_moviepy_exits_with_the_remedy(monkeypatch, exit_sentence):
     monkeypatch.setitem(sys.modules, "moviepy", None)
     assert "pip install moviepy" in exit_sentence(check_camera, ENVIRONMENTS["Hopper"])
 
@@ -243,12 +243,11 @@ def test_a_refusal_is_one_sentence_on_stderr(tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_help_explains_every_flag(algorithm, monkeypatch):
+def test_help_explains_every_flag(algorithm, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "300")
-    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit, match="0"):
         cli(module_of(algorithm).Args, ["--help"])
-    assert caught.value.code == 0
-    words = " ".join(re.sub(r"\x1b\[\d*m|[│╭╮╰╯─]", " ", printed.getvalue()).split())
+    words = " ".join(re.sub(r"\x1b\[\d*m|[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     boxes = re.findall(r" (\w+) options ", words)
     assert (boxes[0], boxes[-3:]) == ("algorithm", ["optimisation", "evaluation", "experiment"])
     fields = fields_of(algorithm)

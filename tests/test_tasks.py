@@ -13,7 +13,6 @@ from algorithms import dql_baseline, edp_iql
 from algorithms.edp_td3bc import Args
 from common.harness import tasks
 from common.harness.environments import make_gym_env
-from common.harness.flags import check_flags
 from common.harness.recorded import task_of_dataset
 from common.harness.tasks import (
     FAST,
@@ -228,22 +227,6 @@ def test_domain_defaults_fill_only_what_is_none():
 def test_the_fast_preset_sets_what_was_not_given(env_id, preset, tau, expected):
     args = with_domain_defaults(Args(preset=preset, tau=tau), TASKS[env_id].environment.domain)
     assert (args.tau, args.normalize_obs) == expected
-
-
-@pytest.mark.parametrize(
-    ("flag", "accepted", "refused", "allowed"),
-    [
-        ("num_updates", [None, 1], [0, -1], "positive"),
-        ("eta", [None, 0.0, 7.0], [-0.1, np.inf, np.nan], "0 or more"),
-        ("gamma", [0.0, 0.3, 1.0], [-0.1, 1.1, np.inf, np.nan], "between 0 and 1"),
-    ],
-)
-def test_the_bounds_of_a_flag_stand_in_its_type(flag, accepted, refused, allowed, exit_sentence):
-    for value in accepted:
-        check_flags(Args(**{flag: value}))
-    for value in refused:
-        sentence = exit_sentence(check_flags, Args(**{flag: value}))
-        assert sentence == f"--{flag.replace('_', '-')} must be {allowed}, but is {value}."
 
 
 DOMAINS = {value.name: value for value in vars(tasks).values() if isinstance(value, Domain)}
