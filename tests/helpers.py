@@ -1,14 +1,11 @@
-"""What several tests share: small arguments, scripts run as people run them, files of a run, small real datasets."""
+"""What several tests share: small arguments, files of a run, small real datasets."""
 
 import ast
 import contextlib
 import csv
 import dataclasses
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,15 +26,8 @@ ALGORITHMS = ("edp_td3bc", "edp_crr", "edp_iql", "dql_baseline", "td3bc", "crr",
 
 # ----------------------------------------------------------------------------------------------- arguments and runs
 
-TINY = {
-    "num_updates": 20,
-    "eval_every": 10,
-    "eval_episodes": 2,
-    "num_seeds": 2,
-    "batch_size": 16,
-    "num_diffusion_steps": 50,
-    "num_solver_calls": 3,
-}
+TINY = {"num_updates": 20, "eval_every": 10, "eval_episodes": 2, "num_seeds": 2, "batch_size": 16}
+TINY |= {"num_diffusion_steps": 50, "num_solver_calls": 3}
 
 
 def make_args(algorithm, common: dict, **changes):
@@ -71,12 +61,6 @@ def fields_of(algorithm: str) -> dict[str, str]:
 
 def flags_of(**args) -> list[str]:
     return [part for name, value in args.items() for part in ("--" + name.replace("_", "-"), str(value))]
-
-
-def run_script(algorithm: str, *flags, cwd, **env) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPTS / f"{algorithm}.py"), *map(str, flags)]
-    env = os.environ | {"HOME": str(cwd), "COLUMNS": "300"} | env
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 @contextlib.contextmanager

@@ -17,18 +17,7 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
-from helpers import (
-    ALGORITHMS,
-    SCRIPTS,
-    TINY,
-    fields_of,
-    flags_of,
-    make_args,
-    record_hopper,
-    returns_of,
-    rows_of,
-    run_script,
-)
+from helpers import ALGORITHMS, SCRIPTS, TINY, fields_of, flags_of, make_args, record_hopper, returns_of, rows_of
 
 from algorithms import bc, edp_td3bc, td3bc
 from common.harness import load_run
@@ -41,6 +30,12 @@ from common.harness.tasks import ENVIRONMENTS
 
 def module_of(algorithm: str):
     return importlib.import_module(f"algorithms.{algorithm}")
+
+
+def run_script(algorithm: str, *flags, cwd, **env) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPTS / f"{algorithm}.py"), *map(str, flags)]
+    env = os.environ | {"HOME": str(cwd), "COLUMNS": "300"} | env
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 # --------------------------------------------------------------------------------------------------- a whole run

@@ -273,21 +273,6 @@ def test_mathematics_is_mathml(site):
     assert (site / "assets" / "STIXTwoMath-Regular.ttf").stat().st_size > 100_000
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_page_of_an_algorithm_holds_every_function_of_it_as_it_is(site, algorithm):
-    source = (SCRIPTS / f"{algorithm}.py").read_text()
-    text = (site / "algorithms" / f"{algorithm}.html").read_text()
-    blocks = [plain(block) for block in re.findall(r"<pre>.*?<code>(.*?)</code></pre>", text, flags=re.DOTALL)]
-    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-    shown = set(functions) - {"make_optimizer", "make_optimizers", "init_state", "train_chunk", "train"}
-    assert {"sample_action", "policy_loss", "train_step", "select_action"} <= shown
-    for name in shown:
-        node = functions[name]
-        code = "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno]) + "\n"
-        assert code in blocks, name
-        assert f"algorithms/{algorithm}.py, lines {node.lineno} to {node.end_lineno}" in text
-
-
 def test_the_page_of_the_short_file_shows_every_line_once(hooks):
     """From the first constant to the end of `main`; blank lines may lie between two sections."""
     page, file = (ROOT / "docs" / "minimal.md").read_text(), "minimal/edp.py"

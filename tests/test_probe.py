@@ -21,12 +21,7 @@ def case(algorithm, slow=True, **flags):
 
 over = lambda *cases: pytest.mark.parametrize(("algorithm", "flags"), cases)
 FEED_FORWARD = [case(td3bc), case(crr), case(iql, expectile=0.7, temperature=1.0)]
-DIFFUSION = [
-    case(edp_td3bc),
-    case(edp_crr),
-    case(edp_iql, expectile=0.7),
-    case(dql_baseline, num_diffusion_steps=5),
-]
+DIFFUSION = [case(edp_td3bc), case(edp_crr), case(edp_iql, expectile=0.7), case(dql_baseline, num_diffusion_steps=5)]
 
 
 def make_dataset(both_pay, size=2000):

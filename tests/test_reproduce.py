@@ -162,6 +162,13 @@ def test_curves_of_a_mean_are_the_mean_of_curves_and_against_processor_time_they
     assert seconds.get_xlabel() == "processor seconds"
 
 
+def test_a_panel_shows_edp_with_its_counterpart_or_a_setting_with_the_first():
+    columns = ["BC", "IQL", "EDP + IQL", "TD3+BC", "EDP + TD3+BC", "Diffusion-QL"]
+    pairs = [["IQL", "EDP + IQL"], ["TD3+BC", "EDP + TD3+BC"], ["BC", "Diffusion-QL"]]
+    assert report.groups_of(columns) == pairs
+    assert report.groups_of(["fast", "a", "b"]) == [["fast", "a"], ["fast", "b"]]
+
+
 def test_condensed_runs_hold_every_value_and_give_the_same_report(tmp_path, write_run):
     acting = [(3, seed, j, 0.5 * j) for seed in range(3) for j in range(4)]
     write_run("runs/a/x", np.random.default_rng(0).normal(size=(2, 3, 4)), acting=acting)

@@ -181,11 +181,8 @@ def test_each_seed_is_tracked_by_a_run_of_its_own_which_resume_goes_on_with(tmp_
             ids.append([tracker.id for tracker in run.recorder.trackers])
             for tracker, seed, loss in zip(run.recorder.trackers, (5, 6), (1, 2), strict=True):
                 assert (tracker.project, tracker.entity, tracker.group) == ("mine", "us", "run")
-                assert tracker.config.as_dict() == {
-                    "algorithm": "bc",
-                    **dataclasses.asdict(run.args),
-                    "seed": seed,
-                }
+                config = {"algorithm": "bc", **dataclasses.asdict(run.args), "seed": seed}
+                assert tracker.config.as_dict() == config
                 logged = dict(tracker.summary)
                 assert (logged["update"], logged["train/policy_loss"]) == (10, loss)
                 assert logged["charts/updates_per_second"] > 0
