@@ -31,7 +31,7 @@ def begin(folder: Path | None, **changes) -> Run:
     return Run("bc.py", args, TASKS["hopper-medium"], behaviour, bc.act)
 
 
-# ---------------------------------------------------------------------------------------------------- folder
+# --------------------------------------------------------------------------------------------------------------- folder
 
 
 def test_a_run_whose_folder_was_moved_away_leaves_the_one_in_its_place_alone(tmp_path, exit_sentence):
