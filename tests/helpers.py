@@ -1,15 +1,11 @@
-"""What several tests share: small arguments, scripts run as people run them, files of a run, small real datasets."""
+"""What several tests share: small arguments, files of a run, small real datasets."""
 
 import ast
 import contextlib
 import csv
 import dataclasses
 import json
-import os
 import random
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,15 +26,8 @@ ALGORITHMS = ("edp_td3bc", "edp_crr", "edp_iql", "dql_baseline", "td3bc", "crr",
 
 # ----------------------------------------------------------------------------------------------- arguments and runs
 
-TINY = {
-    "num_updates": 20,
-    "eval_every": 10,
-    "eval_episodes": 2,
-    "num_seeds": 2,
-    "batch_size": 16,
-    "num_diffusion_steps": 50,
-    "num_solver_calls": 3,
-}
+TINY = {"num_updates": 20, "eval_every": 10, "eval_episodes": 2, "num_seeds": 2, "batch_size": 16}
+TINY |= {"num_diffusion_steps": 50, "num_solver_calls": 3}
 
 
 def make_args(algorithm, common: dict, **changes):
@@ -47,9 +36,14 @@ def make_args(algorithm, common: dict, **changes):
     return algorithm.Args(**{name: value for name, value in common.items() if name in names} | changes)
 
 
-def tiny(algorithm: str) -> dict:
-    """The part of TINY that an algorithm has."""
-    return {name: value for name, value in TINY.items() if name in fields_of(algorithm)}
+def over(*algorithms):
+    """Parametrizes a test by modules of algorithms/."""
+    return pytest.mark.parametrize("algorithm", algorithms, ids=lambda module: module.__name__.split(".")[-1])
+
+
+def one(tree, index=0):
+    """Of the first axis of every leaf."""
+    return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def fields_of(algorithm: str) -> dict[str, str]:
@@ -69,12 +63,6 @@ def flags_of(**args) -> list[str]:
     return [part for name, value in args.items() for part in ("--" + name.replace("_", "-"), str(value))]
 
 
-def run_script(algorithm: str, *flags, cwd, **env) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPTS / f"{algorithm}.py"), *map(str, flags)]
-    env = os.environ | {"HOME": str(cwd), "COLUMNS": "300"} | env
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-
-
 @contextlib.contextmanager
 def quickly():
     """For whole runs that train for moments, and whose properties do not depend on depth.
@@ -92,14 +80,6 @@ def evaluated(evaluate: Evaluator, act, update: int) -> Episodes:
     """The evaluation of a policy `act(obs, step)` that draws nothing."""
     keys = jax.random.split(jax.random.key(0), (len(evaluate.seeds), evaluate.num_episodes))
     return evaluate(lambda obs, keys, step: act(obs, step), keys, update)
-
-
-def fill(disk: Path, free: int) -> Path:
-    """A file that leaves `free` bytes of the disk."""
-    ballast = disk / "ballast"
-    ballast.unlink(missing_ok=True)
-    ballast.write_bytes(bytes(shutil.disk_usage(disk).free - free))
-    return ballast
 
 
 def damaged(data: bytes, i: int) -> bytes:
@@ -184,12 +164,6 @@ def change_metadata(dataset_id: str, /, **changes) -> None:
 def record_hopper(dataset_id="test/hopper/random-v0", num_episodes=12, data_format="hdf5", seed=0):
     # A random hopper falls after some 10 to 50 steps: with a limit of 25, episodes end in both ways.
     return record(gymnasium.make("Hopper-v5", max_episode_steps=25), dataset_id, num_episodes, data_format, seed)
-
-
-def goal_here(env, episode: int) -> None:
-    """Every third episode of an ant starts, and in a few steps stays, at its goal."""
-    if episode % 3 == 0:
-        env.unwrapped.goal = env.unwrapped.ant_env.data.qpos[:2].copy()
 
 
 def by_hand(dataset_id: str, *keys: str) -> dict[str, np.ndarray]:

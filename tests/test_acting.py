@@ -17,10 +17,9 @@ from helpers import quickly, record_hopper, rows_of
 
 from algorithms import bc, edp_td3bc
 from common.harness import Dataset
-from common.harness.checkpoint import checkpoints, save_checkpoint
+from common.harness.checkpoint import save_checkpoint
 from common.harness.records import Episodes
 
-PAGE = Path(acting.__file__).parents[1] / "docs" / "acting.md"
 TINY = {"dataset_id": "test/hopper/random-v0", "num_updates": 2, "eval_episodes": 2, "num_seeds": 2, "seed": 3}
 DIFFUSION = {"num_diffusion_steps": 21, "num_solver_calls": 3, "num_eval_actions": 5}
 
@@ -104,50 +103,6 @@ def test_spread_is_that_of_the_samples_and_of_the_data_around_their_mean():
     np.testing.assert_allclose(data, np.sqrt(0.4**2 + 0.2**2), rtol=0.02)
 
 
-def test_the_snippet_of_the_page_runs(runs):
-    snippet = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
-    exec(snippet.replace("runs/<run>", str(runs / "edp")).replace("edp_iql", "edp_td3bc"), names := {})
-    assert names["action"].shape == (2, 3, 3)
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "sentence"),
-    [
-        ("nothing", {}, "There is no run in .*nothing/"),
-        ("bc", {"num_eval_actions": (3,)}, "bc has no --num-eval-actions."),
-        ("edp", {"num_solver_calls": (1,)}, "Impossible diffusion: .* order 3"),
-        ("edp", {"init_noise_scale": (1.0, -1.0)}, "--init-noise-scale must be 0 or more"),
-        ("edp", {"episodes": 0}, "--episodes must be positive, but is 0."),
-        ("edp", {"critics": "bc"}, "The critics of .*bc/ do not fit .*edp/"),
-        ("edp", {"runs": ()}, "Name the folder of a run"),
-    ],
-)
-def test_what_cannot_be_done_gets_one_sentence_and_writes_nothing(runs, name, changes, sentence, exit_sentence):
-    changes = {key: runs / value if key == "critics" else value for key, value in changes.items()}
-    assert re.search(sentence, exit_sentence(acting.main, acting.Args(**{"runs": (runs / name,)} | changes)))
-    assert not (runs / name / "acting.csv").exists()
-
-
-def test_a_damaged_checkpoint_gets_one_sentence(runs, exit_sentence):
-    """Every kind of damage: tests/test_resume.py."""
-    for file in checkpoints(runs / "edp"):
-        file.write_bytes(file.read_bytes().replace(b'"edp_td3bc"', b'"my_own"', 1))
-    assert "is damaged" in exit_sentence(acting.main, acting.Args((runs / "edp",)))
-
-
-def test_an_interrupted_evaluation_keeps_what_is_finished_and_says_so(runs, monkeypatch, exit_sentence):
-    def evaluations():
-        yield Episodes(np.zeros((2, 1)), np.ones((2, 1), int), [])
-        raise KeyboardInterrupt
-
-    each = evaluations()
-    monkeypatch.setattr(acting.Evaluator, "__call__", lambda *_: next(each))
-    assert "Stopped" in exit_sentence(acting.main, acting.Args((runs / "edp",), num_eval_actions=(1, 2), episodes=1))
-    assert [row["num_eval_actions"] for row in rows_of(runs / "edp" / "acting.csv")] == ["1", "1"]
-    (runs / "bc" / "acting.csv").mkdir()
-    assert "Cannot write" in exit_sentence(acting.main, acting.Args((runs / "bc",)))
-
-
 ALONE = """
 import sys
 sys.path += sys.argv[1:]
@@ -188,20 +143,46 @@ def test_an_exported_policy_acts_without_this_repository_as_it_does_in_it(runs, 
         assert np.abs(expected[1] - other).max() > 0.01, "otherwise a mistake would not show"
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "sentence"),
-    [
-        ("nothing", {}, "There is no run in .*nothing/"),
-        ("edp", {"seed": 5}, "edp/ has no seed 5; it has 3, 4."),
-        ("bc", {"file": Path("missing/policy.jax")}, "Cannot write missing/policy.jax: No such file"),
-    ],
-)
-def test_a_policy_that_cannot_be_exported_gets_one_sentence(runs, name, changes, sentence, exit_sentence):
-    args = export.Args(**{"run": runs / name, "file": Path("policy.jax")} | changes)
-    assert re.search(sentence, exit_sentence(export.main, args))
+# ------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_without_flatbuffers_export_says_what_to_install(runs, monkeypatch, exit_sentence):
+def acting_of(folder: Path, **changes):
+    return lambda: acting.main(acting.Args(**{"runs": (folder,)} | changes))
+
+
+def export_of(folder: Path, file="policy.jax", **changes):
+    return lambda: export.main(export.Args(folder, Path(file), **changes))
+
+
+def test_what_cannot_be_done_gets_one_sentence_and_writes_nothing(runs, monkeypatch, exit_sentence):
+    edp, bc_run, nothing = runs / "edp", runs / "bc", runs / "nothing"
+    cases = {
+        "There is no run in .*nothing/": acting_of(nothing),
+        "bc has no --num-eval-actions.": acting_of(bc_run, num_eval_actions=(3,)),
+        "Impossible diffusion: .* order 3": acting_of(edp, num_solver_calls=(1,)),
+        "--init-noise-scale must be 0 or more": acting_of(edp, init_noise_scale=(1.0, -1.0)),
+        "--episodes must be positive, but is 0.": acting_of(edp, episodes=0),
+        "The critics of .*bc/ do not fit .*edp/": acting_of(edp, critics=bc_run),
+        "Name the folder of a run": acting_of(edp, runs=()),
+        "edp/ has no seed 5; it has 3, 4.": export_of(edp, seed=5),
+        "Cannot write missing/policy.jax: No such file": export_of(bc_run, "missing/policy.jax"),
+    }
+    for sentence, call in cases.items():
+        assert re.search(sentence, exit_sentence(call))
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     monkeypatch.delitem(sys.modules, "jax._src.export.serialization", raising=False)
-    assert "pip install flatbuffers" in exit_sentence(export.main, export.Args(runs / "bc", Path("policy.jax")))
+    assert "pip install flatbuffers" in exit_sentence(export_of(bc_run))
+    assert not [*runs.rglob("acting.csv"), *Path.cwd().glob("*.jax")]
+
+
+def test_an_interrupted_evaluation_keeps_what_is_finished_and_says_so(runs, monkeypatch, exit_sentence):
+    def evaluations():
+        yield Episodes(np.zeros((2, 1)), np.ones((2, 1), int), [])
+        raise KeyboardInterrupt
+
+    each = evaluations()
+    monkeypatch.setattr(acting.Evaluator, "__call__", lambda *_: next(each))
+    assert "Stopped" in exit_sentence(acting_of(runs / "edp", num_eval_actions=(1, 2), episodes=1))
+    assert [row["num_eval_actions"] for row in rows_of(runs / "edp" / "acting.csv")] == ["1", "1"]
+    (runs / "bc" / "acting.csv").mkdir()
+    assert "Cannot write" in exit_sentence(acting_of(runs / "bc"))

@@ -3,7 +3,6 @@
 import re
 
 import breaks
-import numpy as np
 import pytest
 
 PAGE = (breaks.ROOT / "docs" / "breaks.md").read_text()
@@ -19,23 +18,6 @@ def test_a_row_changes_one_thing(name):
     assert changed == set(row.flags)
     assert len(changed) + bool(row.line) == (not name.endswith("as-it-is"))
     module.Args(**row.base | row.flags)
-
-
-def test_a_line_that_is_not_there_is_refused():
-    with pytest.raises(SystemExit, match=r"iql\.py has 0 times"):
-        breaks.edited(breaks.in_maze(line="no such line", instead=""))
-
-
-def test_scores_are_means_of_returns_in_percent():
-    returns = {(10, 0): [1, 0], (10, 1): [1, 1], (20, 0): [0, 0], (20, 1): [0, 1]}
-    lines = [
-        {"update": str(update), "seed": str(seed), "return": f"{value:.1f}"}
-        for (update, seed), values in returns.items()
-        for value in values
-    ]
-    updates, scores = breaks.scores(lines)
-    assert updates == [10, 20]
-    np.testing.assert_array_equal(scores, [[50, 100], [0, 50]])
 
 
 def test_the_page_has_every_row_its_picture_and_its_score():

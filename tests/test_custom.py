@@ -6,13 +6,13 @@ import re
 from collections import OrderedDict
 
 import gymnasium
+import minari
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple, flatten
-from helpers import change_metadata, evaluated, record, record_hopper, rows_of, write_dataset
+from gymnasium.spaces import Box, Dict, Discrete, Tuple, flatten
+from helpers import change_metadata, evaluated, record, record_hopper, write_dataset
 from minari.serialization import serialize_space
 
-from algorithms.bc import Args, train
 from common.harness import Evaluator, load_dataset
 from common.harness.datasets import resolve_task
 from common.harness.environments import make_env, make_gym_env
@@ -33,12 +33,9 @@ OTHER_OBSERVATIONS = {
     "Tuple": Tuple((UNIT, UNIT)),
     "a Dict with Discrete": Dict(a=UNIT, b=Discrete(5)),
     "an image": Box(0, 255, (32, 32, 3), np.uint8),
-    "a Dict with an image": Dict(a=UNIT, b=Box(0, 255, (32, 32), np.uint8)),
 }
 OTHER_ACTIONS = {
     "Discrete": Discrete(3),
-    "MultiDiscrete": MultiDiscrete([2, 3]),
-    "Tuple": Tuple((UNIT, UNIT)),
     "Dict": Dict(a=UNIT),
     "inf": Box(-np.inf, np.inf, (2,)),
     "e+38": Box(-np.finfo(np.float32).max, np.finfo(np.float32).max, (2,)),
@@ -105,19 +102,6 @@ def test_data_and_evaluation_have_the_same_numbers_in_the_same_order(observation
     np.testing.assert_allclose(returns, LIMIT * (1.75 + 0.75), rtol=1e-5)  # of [-2, 3] and [0, 1]
 
 
-def test_it_is_trained_and_evaluated_with_raw_returns(datasets, tmp_path, quick_networks):
-    dataset = record(make(observations="nested keys"), "test/custom/random-v0", (2, 4, 4))
-    few = {"num_updates": 2, "eval_episodes": 2, "batch_size": 8}
-    results = train(Args(dataset_id=dataset.id, trust=__name__, run_dir=str(tmp_path / "run"), **few))
-    header = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert (header["dataset"]["transitions"], header["dataset"]["observation_dim"]) == (10, 6)
-    returns = [episode.rewards.sum() for episode in dataset.iterate_episodes()]
-    assert header["dataset"]["behaviour_score"] == pytest.approx(np.mean(returns), rel=1e-5)
-    rows = rows_of(tmp_path / "run" / "eval.csv")
-    assert [int(row["length"]) for row in rows] == [LIMIT, LIMIT]
-    assert results["last"] == pytest.approx([np.mean([float(row["return"]) for row in rows])])
-
-
 @pytest.mark.parametrize("max_episode_steps", [None, 1_000_000])
 def test_an_environment_without_an_end_is_evaluated_for_1000_steps(max_episode_steps):
     spec = make().spec
@@ -126,6 +110,18 @@ def test_an_environment_without_an_end_is_evaluated_for_1000_steps(max_episode_s
     env.reset(seed=0)
     ends = [env.step(np.zeros(2, np.float32))[3] for _ in range(1000)]
     assert ends == [False] * 999 + [True]
+
+
+def test_the_environment_for_evaluation_is_enough_and_its_horizon_is_that_of_the_behaviours_score(datasets):
+    """As for Minari's `recover_environment(eval_env=True)`; what is printed of the data compares with the policy's."""
+    dataset = record(make(max_episode_steps=9), "test/custom/random-v0", (9, 9))
+    spec = json.loads(make(observations="integers").spec.to_json()) | {"max_episode_steps": 4}
+    change_metadata(dataset.id, env_spec=None, eval_env_spec=json.dumps(spec))
+    task = resolve_task("", dataset.id, trust=__name__)
+    assert (task.environment.gym_id.kwargs, task.environment.max_steps) == ({"observations": "integers"}, 4)
+    change_metadata(dataset.id, eval_env_spec=json.dumps(spec | {"kwargs": {}}))
+    expected = [episode.rewards[:4].sum() for episode in dataset.iterate_episodes()]
+    np.testing.assert_allclose(load()[1].scores, expected, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------ refusals
@@ -168,20 +164,29 @@ def test_an_environment_that_this_machine_does_not_have_exits_naming_it(entry_po
     assert re.search(f"Dataset test/custom/random-v0 .*cannot be played here .*{name}", exit_sentence(load))
 
 
-def test_an_environment_with_other_observations_than_the_data_exits(datasets, exit_sentence):
+def test_an_environment_with_other_observations_or_actions_than_the_data_exits(datasets, exit_sentence):
+    """Actions are scaled by the bounds of the data, and at evaluation by those of the environment."""
     dataset = record_hopper(num_episodes=1)
     change_metadata(dataset.id, env_spec=gymnasium.make("Walker2d-v5").spec.to_json())
     assert "Walker2d-v5: observations (11,) and (17,), actions (3,)" in exit_sentence(load, dataset.id)
-
-
-def test_an_environment_with_other_actions_than_the_data_exits(datasets, exit_sentence):
-    # Actions are scaled by the bounds of the data, and at evaluation by those of the environment.
     dataset = record(gymnasium.make("Pendulum-v1", max_episode_steps=3), "test/pendulum/random-v0", 1)
     change_metadata(dataset.id, action_space=serialize_space(Box(-1, 1, (1,))))
     assert "actions (1,) in [-1, 1] and (1,) in [-2, 2]" in exit_sentence(load, dataset.id)
 
 
 # -------------------------------------------------------------------------------------------- what it may not run
+
+
+def record_hopper_of(spec: str, spaces: bool, **changes) -> str:
+    """The id of Hopper's data whose metadata describe another environment, and may not tell the spaces."""
+    dataset = record_hopper(num_episodes=1)
+    whole = json.loads(gymnasium.make("Hopper-v5").spec.to_json()) | changes
+    gone = {} if spaces else {"observation_space": None, "action_space": None}
+    change_metadata(dataset.id, **gone, **{spec: json.dumps(whole)})
+    return dataset.id
+
+
+EVIL_WRAPPER = [{"name": "W", "entry_point": "evil:W", "kwargs": {}}]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +198,7 @@ def test_an_environment_with_other_actions_than_the_data_exits(datasets, exit_se
         ({"entry_point": ":evil"}, "nor OGBench's."),
         ({"entry_point": "gymnasium_evil:Env"}, "--trust gymnasium_evil"),
         ({"entry_point": "gymnasium.envs.registration:make", "kwargs": {"id": "evil:X-v0"}}, "is no environment"),
-        ({"entry_point": "gymnasium.envs.mujoco.hopper_v5:HopperEnv", "additional_wrappers": "evil"}, "--trust evil"),
+        ({"additional_wrappers": EVIL_WRAPPER}, "--trust evil"),
     ],
 )
 @pytest.mark.parametrize("spec", ["env_spec", "eval_env_spec"])
@@ -205,56 +210,34 @@ def test_code_of_others_is_not_even_imported(
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("evil.py", "gymnasium_evil.py"):
         (tmp_path / name).write_text("open('ran', 'w')")
-    record_hopper(num_episodes=1)
-    if "additional_wrappers" in change:
-        change = change | {"additional_wrappers": [{"name": "W", "entry_point": "evil:W", "kwargs": {}}]}
-    whole = json.loads(gymnasium.make("Hopper-v5").spec.to_json()) | change
-    gone = {} if spaces else {"observation_space": None, "action_space": None}
-    change_metadata("test/hopper/random-v0", **gone, **{spec: json.dumps(whole)})
-    assert named in exit_sentence(load, "test/hopper/random-v0")
+    assert named in exit_sentence(load, record_hopper_of(spec, spaces, **change))
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("spaces", [True, False])
-def test_a_recorder_is_known_by_its_class_and_makes_no_folder(spaces, datasets, tmp_path, capsys):
+def test_a_recorder_is_known_by_its_class_and_makes_no_folder(datasets, tmp_path, exit_sentence):
     """Whatever its name is: around an environment of its own making it would film, and write."""
-    dataset = record_hopper(num_episodes=2)
     recorder = {"name": "Harmless", "entry_point": "gymnasium.wrappers:RecordVideo"}
     recorder["kwargs"] = {"video_folder": str(tmp_path / "videos")}
-    spec = json.loads(gymnasium.make("Hopper-v5").spec.to_json()) | {"additional_wrappers": [recorder]}
-    spec["kwargs"]["render_mode"] = "rgb_array"
-    gone = {} if spaces else {"observation_space": None, "action_space": None}
-    change_metadata(dataset.id, env_spec=json.dumps(spec), **gone)
-    if spaces:
-        assert resolve_task("", dataset.id).environment == TASKS["hopper-medium"].environment
-    else:
-        with pytest.raises(SystemExit, match="spaces are missing"):
-            resolve_task("", dataset.id)
+    changes = {"additional_wrappers": [recorder], "kwargs": {"render_mode": "rgb_array"}}
+    task = resolve_task("", record_hopper_of("env_spec", True, **changes))
+    assert task.environment == TASKS["hopper-medium"].environment
+    minari.delete_dataset("test/hopper/random-v0")
+    assert "spaces are missing" in exit_sentence(resolve_task, "", record_hopper_of("env_spec", False, **changes))
     assert not (tmp_path / "videos").exists()
-
-
-def test_the_environment_for_evaluation_is_enough(datasets):
-    """As for Minari's `recover_environment(eval_env=True)`."""
-    dataset = record(make(), "test/custom/random-v0", 2)
-    change_metadata(dataset.id, env_spec=None, eval_env_spec=make(observations="integers").spec.to_json())
-    task = resolve_task("", dataset.id, trust=__name__)
-    assert task.environment.gym_id.kwargs == {"observations": "integers"}
 
 
 # ------------------------------------------------------------------------------------------- played before trained
 
 
-def test_a_reward_may_be_an_array_of_one(datasets):
+def test_what_it_pays_has_to_be_a_number_which_may_stand_in_an_array(datasets, exit_sentence):
     record_anything(pay="column")
     evaluate = Evaluator(resolve_task("", load()[1].statistics["dataset"], trust=__name__).environment, [0], 1)
     returns = evaluated(evaluate, lambda obs, step: np.zeros((1, 1, 2), np.float32), 1).returns
     np.testing.assert_allclose(returns, LIMIT * (0.5 + 0.5))
-
-
-@pytest.mark.parametrize(("pay", "named"), [("pair", "can only convert"), ("nan", "reward nan")])
-def test_an_environment_that_fails_is_told_before_training(pay, named, datasets, exit_sentence):
-    record_anything(pay=pay)
-    assert re.search(f"Dataset test/custom/random-v0 needs an environment that .*{named}", exit_sentence(load))
+    for pay, named in (("pair", "can only convert"), ("nan", "reward nan")):
+        minari.delete_dataset("test/custom/random-v0")
+        record_anything(pay=pay)
+        assert re.search(f"Dataset test/custom/random-v0 needs an environment that .*{named}", exit_sentence(load))
 
 
 @pytest.mark.parametrize(
@@ -283,13 +266,3 @@ def test_an_environment_that_breaks_down_later_ends_the_run_with_a_sentence(data
         sentence = exit_sentence(evaluated, evaluate, lambda obs, step: np.zeros((2, 2, 2), np.float32), 7)
         assert re.search(f"^The environment broke down, update 7, seed 1, episode 0, step {step}: .*{what}", sentence)
         world.pay = lambda reward: os.write(os.open("/dev/full", os.O_WRONLY), b"its own log")
-
-
-def test_behaviour_is_scored_by_the_horizon_of_the_evaluation(datasets):
-    """In every environment: what is printed of the data compares with what is printed of the policy."""
-    env = make(max_episode_steps=9)
-    dataset = record(env, "test/custom/random-v0", (9, 9))
-    spec = json.loads(env.spec.to_json()) | {"max_episode_steps": 4}
-    change_metadata(dataset.id, eval_env_spec=json.dumps(spec))
-    expected = [episode.rewards[:4].sum() for episode in dataset.iterate_episodes()]
-    np.testing.assert_allclose(load()[1].scores, expected, rtol=1e-5)

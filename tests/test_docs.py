@@ -2,12 +2,12 @@
 
 import ast
 import contextlib
-import csv
 import difflib
 import html
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -15,11 +15,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -31,15 +28,15 @@ from common.harness.tasks import ENVIRONMENTS, TASKS, with_domain_defaults
 
 ROOT = SCRIPTS.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAIRS = sorted(path.stem for path in (ROOT / "docs" / "side-by-side").glob("*-*.md"))
-
 # ---------------------------------------------------------------------------------------------------------- commands
 
 NOT_RUN = {  # and why
     "git clone <this repository> edp && cd edp": "this is that clone",
     "python minimal/edp.py": "test_minimal.py runs it, slow",
     "python minimal/edp.py D4RL/pen/expert-v2 --updates 10000": "downloads; test_minimal.py runs it on local data",
-    **dict.fromkeys(("python make_logs.py", "python make_dataset.py", "python act.py"), "test_offline.py runs them"),
+    **dict.fromkeys(
+        ("python make_logs.py", "python make_dataset.py", "python act.py"), "the slow test below runs them"
+    ),
     "python benchmarks/bandit.py": "trains for minutes to draw; test_bandit and the notebook train the same",
     "python benchmarks/solver.py": "test_solver.py runs it",
     "python benchmarks/breaks.py": "trains for a quarter of an hour; test_breaks.py makes its edits",
@@ -72,6 +69,7 @@ def commands():
 
 
 COMMANDS = {command: page for page, command in commands()}
+assert set(NOT_RUN) <= set(COMMANDS), "a reason is given for a command that is gone"
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:60])
@@ -100,10 +98,6 @@ def test_a_command_of_the_docs_works(command):
         if folder == "algorithms":
             assert args.env_id in TASKS
             with_domain_defaults(args, TASKS[args.env_id].environment.domain)  # intervals fit
-
-
-def test_no_reason_is_given_for_a_command_that_is_gone():
-    assert set(NOT_RUN) <= set(COMMANDS)
 
 
 FIRST_PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("start", "acting", "your-logs"))]
@@ -210,22 +204,14 @@ def exercise(tmp_path, monkeypatch):
     del sys.modules["edp_mean_q"]
 
 
-def test_the_exercise_guides_by_the_mean_of_both_critics_or_the_smaller_one(exercise, quick_networks):
-    batch = Dataset(*(jnp.full(shape, 0.1) for shape in [(8, 4), (8, 2), (8,), (8, 4), (8,)]))
-
-    def metrics(pessimism):
-        args = make_args(exercise, TINY, learning_rate=3e-4, eta=1.0, pessimism=pessimism)
-        key = jax.random.key(0)
-        state = exercise.init_state(key, 4, 2, args)
-        # Q_1 is 3 and Q_2 is -1 everywhere, so that the mean is 1
-        last = state.critics.mlp.layers[-1]
-        last = eqx.tree_at(lambda last: (last.weight, last.bias), last, (0 * last.weight, jnp.array([[3.0], [-1.0]])))
-        critics = eqx.tree_at(lambda critics: critics.mlp.layers[-1], state.critics, last)
-        return exercise.policy_loss(state.policy, critics, batch, key, args)[1]
-
+def test_the_exercise_guides_by_the_mean_of_both_critics_or_the_smaller_one(exercise, monkeypatch, quick_networks):
+    batch, key = Dataset(*(jnp.full(shape, 0.1) for shape in [(8, 4), (8, 2), (8,), (8, 4), (8,)])), jax.random.key(0)
+    monkeypatch.setattr(exercise, "twin_q", lambda *_: jnp.repeat(jnp.array([[3.0], [-1.0]]), 8, axis=1))
     for pessimism, guidance in ((0.0, -1), (1.0, 1)):
-        found = jax.jit(metrics, static_argnums=0)(pessimism)
-        assert (found["guidance_loss"], found["critic_gap"]) == (guidance, 4)
+        args = make_args(exercise, TINY, learning_rate=3e-4, eta=1.0, pessimism=pessimism)
+        state = exercise.init_state(key, 4, 2, args)
+        _, metrics = exercise.policy_loss(state.policy, state.critics, batch, key, args)
+        assert (metrics["guidance_loss"], metrics["critic_gap"]) == (guidance, 4)
 
 
 @pytest.mark.slow
@@ -237,12 +223,22 @@ def test_the_exercise_trains(exercise, pointmaze_datasets, tmp_path, quick_netwo
 # -------------------------------------------------------------------------------------------------------------- site
 
 
+def load_hooks():
+    for package in ("mkdocs", "material", "ziamath"):
+        pytest.importorskip(package, reason="requirements-docs.txt has it")
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hooks = pytest.fixture(load_hooks)
+
+
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
     """The built site. Any warning is an error."""
-    for package in ("mkdocs", "material", "ziamath"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed; requirements-docs.txt has it")
+    load_hooks()
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     env = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -251,62 +247,21 @@ def site(tmp_path_factory):
     return folder
 
 
-class Page(HTMLParser):
-    """What a page links to, loads, and can be linked to by."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.links, self.loads, self.ids = [], [], set()
-        self.feed(path.read_text())
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.ids |= {attributes[name] for name in ("id", "name") if attributes.get(name)}
-        if tag == "a" and "href" in attributes:
-            self.links.append(attributes["href"])
-        elif tag == "link" and attributes.get("rel") in ("stylesheet", "icon", "preload", "modulepreload"):
-            self.loads.append(attributes["href"])
-        elif tag in ("img", "script", "iframe", "video", "source", "audio") and attributes.get("src"):
-            self.loads.append(attributes["src"])
+def plain(markup: str) -> str:
+    return html.unescape(re.sub(r"<[^>]+>", "", markup))
 
 
-def test_every_page_and_every_link_is_there_and_nothing_is_fetched(site):
-    pages = {path: Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
+def test_every_source_is_a_page_and_nothing_is_fetched(site):
+    """That links lead somewhere is what `mkdocs build --strict` sees to."""
+    pages = {path: path.read_text() for path in site.rglob("*.html") if path.name != "404.html"}
     sources = [*PAGES[1:], *(ROOT / "docs").glob("*.ipynb")]
     expected = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in sources} | {Path("index.html")}
     assert {path.relative_to(site) for path in pages} == expected
-    for path, page in pages.items():
-        assert not [load for load in page.loads if urlsplit(load).netloc], path
-        for link in page.links + page.loads:
-            parts = urlsplit(link)
-            if parts.scheme or parts.netloc:
-                continue
-            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            assert target.is_file(), f"{path.relative_to(site)} links to {link}"
-            if parts.fragment and target in pages:
-                assert unquote(parts.fragment) in pages[target].ids, f"{path.relative_to(site)} links to {link}"
+    for path, text in pages.items():
+        for tag in re.findall(r"<(?:img|link|script|iframe|video|source)\b[^>]*>", text):
+            assert not re.search(r"(src|href)=\"?(https?:)?//", tag), path
     for style in site.rglob("*.css"):
-        for url in re.findall(r"(?:@import|url\()\s*[\"']?([^\"')]+)", style.read_text()):
-            assert not re.match(r"(https?:)?//", url), f"{style.name} fetches {url}"
-
-
-def test_the_notebook_is_a_page_with_its_code_and_its_pictures(site):
-    text = (site / "edp_in_ten_minutes.html").read_text()
-    cells = json.loads((ROOT / "docs" / "edp_in_ten_minutes.ipynb").read_text())["cells"]
-    blocks = [plain(block).strip() for block in re.findall(r"<pre>.*?<code>(.*?)</code></pre>", text, flags=re.DOTALL)]
-    assert all("".join(cell["source"]) in blocks for cell in cells if cell["cell_type"] == "code")
-    pictures = [output for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
-    assert len(list((site / "edp_in_ten_minutes").glob("*.png"))) == len(pictures)
-
-
-def test_search_finds_no_code_of_the_side_by_side_pages(site):
-    entries = json.loads((site / "search" / "search_index.json").read_text())["docs"]
-    texts = [entry["text"] for entry in entries if entry["location"].startswith("side-by-side/edp_td3bc-edp_iql")]
-    assert texts and not any("jax.random" in text for text in texts)
-
-
-def plain(markup: str) -> str:
-    return html.unescape(re.sub(r"<[^>]+>", "", markup))
+        assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style.read_text()), style
 
 
 def test_mathematics_is_mathml(site):
@@ -314,98 +269,20 @@ def test_mathematics_is_mathml(site):
     for path in site.rglob("*.html"):
         prose = re.sub(r"<(pre|code|script|style)\b.*?</\1>", "", path.read_text(), flags=re.DOTALL)
         assert not re.search(r"[\\$]", plain(prose)), path
-    for name in ("algorithms/equations", "algorithms/edp_td3bc", "metrics"):
-        assert "<math" in (site / f"{name}.html").read_text()
+    assert "<math" in (site / "algorithms" / "equations.html").read_text()
     assert (site / "assets" / "STIXTwoMath-Regular.ttf").stat().st_size > 100_000
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_page_of_an_algorithm_holds_every_function_of_it_as_it_is(site, algorithm):
-    source = (SCRIPTS / f"{algorithm}.py").read_text()
-    text = (site / "algorithms" / f"{algorithm}.html").read_text()
-    blocks = [plain(block) for block in re.findall(r"<pre>.*?<code>(.*?)</code></pre>", text, flags=re.DOTALL)]
-    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-    shown = set(functions) - {"make_optimizer", "make_optimizers", "init_state", "train_chunk", "train"}
-    assert {"sample_action", "policy_loss", "train_step", "select_action"} <= shown
-    for name in shown:
-        node = functions[name]
-        code = "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno]) + "\n"
-        assert code in blocks, name
-        assert f"algorithms/{algorithm}.py, lines {node.lineno} to {node.end_lineno}" in text
-    for field in re.findall(r"^    (\w+): .*\n    \"\"\"", source, flags=re.MULTILINE):
-        assert f"--{field.replace('_', '-')}" in text
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_page_of_an_algorithm_has_its_scores_and_its_curves(site, algorithm):
-    """Those of the CSV, of every run of that algorithm."""
-    folder = ROOT / "benchmarks" / "results" / "short-runs"
-    headers = json.loads((folder / "runs.json").read_text())
-    rows = json.loads((folder / "artefacts.json").read_text())["ten-thousand"]["rows"]
-    with open(folder / "ten-thousand.csv", newline="") as stream:
-        last = {(row["data"], row["column"]): row for row in csv.DictReader(stream) if row["metric"] == "last"}
-    text = plain((site / "algorithms" / f"{algorithm}.html").read_text())
-    for row in rows:
-        of = [column for column, run in row["runs"].items() if headers[run]["algorithm"] == algorithm]
-        assert of
-        cells = [last[row["data"], column] for column in of]
-        numbers = [f"{float(cell['mean']):.1f} ± {float(cell['deviation']):.1f}" for cell in cells]
-        behaviour = headers[row["runs"][of[0]]]["dataset"]["behaviour_score"]
-        assert "\n".join([row["data"], f"{behaviour:.1f}", *numbers]) in text
-    picture = f"repository/benchmarks/results/short-runs/ten-thousand-{algorithm}.png"
-    assert (site / picture).stat().st_size > 10_000
-    assert picture in (site / "algorithms" / f"{algorithm}.html").read_text()
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-def test_a_side_by_side_page_holds_both_files_as_they_are(site, pair):
-    """And what is not marked in two lines side by side is the same in both."""
-    text = (site / "side-by-side" / f"{pair}.html").read_text()
-    rows = re.findall(
-        r'<div class="(same|changed|removed|added)"><i>(\d*)</i><code>(.*?)</code><i>(\d*)</i><code>(.*?)</code></div>',
-        text,
-        flags=re.DOTALL,
-    )
-    for name, number, code in zip(pair.split("-"), (1, 3), (2, 4)):
-        lines = [plain(row[code]) for row in rows if row[number]]
-        assert lines == (SCRIPTS / f"{name}.py").read_text().splitlines()
-        assert [int(row[number]) for row in rows if row[number]] == list(range(1, len(lines) + 1))
-    for kind, _, left, _, right in rows:
-        if kind in ("same", "changed"):
-            unmarked = [plain(re.sub(r"<mark>.*?</mark>", "", code)).split() for code in (left, right)]
-            assert "".join(unmarked[0]) == "".join(unmarked[1])
-            assert ("<mark>" in left + right) == (kind == "changed")
-    assert text.count("<details>") >= 3
-
-
-def test_the_six_pairs_are_there():
-    assert len(PAIRS) == 6
-
-
-@pytest.fixture
-def hooks():
-    pytest.importorskip("mkdocs", reason="requirements-docs.txt has it")
-    pytest.importorskip("ziamath", reason="requirements-docs.txt has it")
-    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_what_is_missing_ends_the_build(hooks, tmp_path, monkeypatch):
-    from mkdocs.exceptions import PluginError
-
-    with pytest.raises(PluginError, match="no file algorithms/gone"):
-        hooks.source_page("algorithms/gone.py")
-    with pytest.raises(PluginError, match="no file algorithms/gone"):
-        hooks.side_by_side("iql", "gone")
-    with pytest.raises(PluginError, match=r"no file benchmarks.*gone"):
-        hooks.scores("gone")
-    text = hooks.EQUATIONS.read_text()
-    monkeypatch.setattr(hooks, "EQUATIONS", tmp_path / "equations.md")
-    hooks.EQUATIONS.write_text(text.replace("## `critic_loss`", "## `critic_lost`"))
-    with pytest.raises(PluginError, match="critic_loss of algorithms/iql"):
-        hooks.source_page("algorithms/iql.py")
+def test_the_page_of_the_short_file_shows_every_line_once(hooks):
+    """From the first constant to the end of `main`; blank lines may lie between two sections."""
+    page, file = (ROOT / "docs" / "minimal.md").read_text(), "minimal/edp.py"
+    marks = re.findall(rf"^<!-- code: {file} (\w+)(?: to (\w+))? -->$", page, flags=re.MULTILINE)
+    shown = "".join(hooks.explained(file, first, last or None, "") for first, last in marks)
+    shown = [range(int(a), int(b) + 1) for a, b in re.findall(r"lines (\d+) to (\d+)", shown)]
+    lines = (ROOT / file).read_text().splitlines()
+    expected = range(lines.index("import optax") + 2, lines.index('if __name__ == "__main__":') + 1)
+    with_code = lambda numbers: [number for number in numbers if lines[number - 1]]
+    assert with_code(itertools.chain(*shown)) == with_code(expected)
 
 
 def test_every_equation_belongs_to_a_function(hooks):
@@ -416,14 +293,3 @@ def test_every_equation_belongs_to_a_function(hooks):
     }
     for function, algorithm in hooks.equations():
         assert (function, algorithm) in defined if algorithm else any(function == name for name, _ in defined)
-
-
-def test_words_that_differ_are_marked(hooks):
-    """Worked out by hand."""
-    lines = "return a + b_1", "return min(a, b_1)"
-    marked = [
-        "".join(character for k, character in enumerate(line) if any(first <= k < last for first, last in marks))
-        for line, marks in zip(lines, hooks.changed_words(*lines))
-    ]
-    assert marked == [" +", "min(,)"]
-    assert hooks.align(["x = 1", "y = 2"], ["y = 3"]) == [(0, None), (1, 0)]

@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 
-import huggingface_hub
 import minari
 import pytest
 from helpers import by_hand, record_hopper
@@ -29,79 +28,6 @@ def publish(hub, datasets, group="farama-minari", dataset_id=ID, num_episodes=12
     return raw
 
 
-def test_a_download_arrives_where_minari_finds_it_and_its_size_is_told_first(hub, datasets, capsys):
-    raw = publish(hub, datasets)
-    task = resolve_task("", ID)
-    assert task.environment == TASKS["hopper-medium"].environment
-    assert list(minari.list_local_datasets()) == [ID]
-    assert [path.name for path in datasets.iterdir()] == ["some"], "the temporary folder is gone"
-    assert os.environ["MINARI_DATASETS_PATH"] == str(datasets)
-    assert "MINARI_REMOTE" not in os.environ
-    assert (read_minari(ID)[0].obs == raw["obs"].astype("float32")).all()
-    size = json.loads((datasets / ID / "data/metadata.json").read_text())["dataset_size"]
-    assert size > 0
-    assert f"{size} MB" in capsys.readouterr().out
-    requests = len(hub.requests)
-    assert load_dataset(resolve_task("", ID), "none")[1].statistics["episodes"] == 12
-    assert len(hub.requests) == requests, "a local dataset asks nobody"
-
-
-@pytest.mark.parametrize("by", ["full id", "MINARI_REMOTE"])
-def test_another_remote_can_be_named(by, hub, datasets, monkeypatch):
-    publish(hub, datasets, "my-group")
-    if by == "MINARI_REMOTE":
-        monkeypatch.setenv("MINARI_REMOTE", "hf://my-group")
-    task = resolve_task("", ID if by == "MINARI_REMOTE" else f"hf://my-group/{ID}")
-    assert task.dataset_ids == (ID,)
-    assert load_dataset(task, "none")[1].statistics["episodes"] == 12
-    assert not [path for _, path, _ in hub.requests if "farama-minari" in path], "nobody else was asked"
-
-
-def test_a_cut_connection_is_taken_up_where_it_broke(hub, datasets, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
-    raw, hub.cut = publish(hub, datasets), "main_data.hdf5"
-    resolve_task("", ID)
-    assert (read_minari(ID)[0].reward == raw["reward"].astype("float32")).all()
-    ranges = [wanted for command, path, wanted in hub.requests if command == "GET" and path.endswith("main_data.hdf5")]
-    assert len(ranges) == 2
-    assert ranges[0] in (None, "bytes=0-")
-    assert int(ranges[1].removeprefix("bytes=").split("-")[0]) > 0
-
-
-@pytest.mark.parametrize("dataset_id", [ID, "some/hopper/other-v0", "hf://nobody/some/x-v0"])
-def test_what_the_remote_does_not_have_exits_with_its_answer_and_leaves_nothing(
-    dataset_id, hub, datasets, exit_sentence
-):
-    if dataset_id == "some/hopper/other-v0":
-        publish(hub, datasets)
-    sentence = exit_sentence(resolve_task, "", dataset_id)
-    assert re.search("could not be downloaded from .*404", sentence)
-    assert list(datasets.iterdir()) == []
-
-
-def test_googles_storage_names_the_package_that_it_needs(datasets, monkeypatch, exit_sentence):
-    monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
-    assert "google-cloud-storage" in exit_sentence(resolve_task, "", "gcp://bucket/some/x-v0")
-
-
-def test_a_file_that_vanishes_during_a_download_leaves_nothing(hub, datasets, monkeypatch, exit_sentence):
-    publish(hub, datasets)
-    data = hub.folder / "farama-minari" / ID / "data"
-    (data / "main_data.hdf5").unlink()
-    sentence = exit_sentence(resolve_task, "", ID)
-    assert "cannot be read" in sentence, "the client takes what there is"
-    assert not list(datasets.glob(".making-*"))
-
-
-def test_a_disk_without_room_is_told_before_the_download(hub, datasets, monkeypatch, exit_sentence):
-    publish(hub, datasets)
-    usage = shutil.disk_usage(datasets)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert "0 MB left" in exit_sentence(resolve_task, "", ID)
-    assert not [path for _, path, _ in hub.requests if path.endswith(".hdf5")]
-    assert list(datasets.iterdir()) == []
-
-
 def test_an_interrupted_download_leaves_nothing(hub, datasets, monkeypatch):
     """And a signal, which ends a run by SystemExit, is not taken for a failure of the download."""
     publish(hub, datasets)
@@ -117,12 +43,46 @@ def test_an_interrupted_download_leaves_nothing(hub, datasets, monkeypatch):
     assert list(datasets.iterdir()) == []
 
 
-def test_without_minari_datasets_path_the_default_folder_is_used_and_the_variable_stays_unset(
+def test_a_download_arrives_where_minari_finds_it_and_its_size_is_told_first(hub, datasets, capsys):
+    raw = publish(hub, datasets)
+    assert resolve_task("", ID).environment == TASKS["hopper-medium"].environment
+    assert [path.name for path in datasets.iterdir()] == ["some"], "the temporary folder is gone"
+    assert (read_minari(ID)[0].obs == raw["obs"].astype("float32")).all()
+    size = json.loads((datasets / ID / "data/metadata.json").read_text())["dataset_size"]
+    assert size > 0
+    assert f"{size} MB" in capsys.readouterr().out
+    requests = len(hub.requests)
+    assert load_dataset(resolve_task("", ID), "none")[1].statistics["episodes"] == 12
+    assert len(hub.requests) == requests, "a local dataset asks nobody"
+
+
+def test_another_remote_can_be_named_and_without_a_folder_of_datasets_the_default_is_used(
     hub, datasets, tmp_path, monkeypatch
 ):
-    publish(hub, datasets)
+    publish(hub, datasets, "my-group")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("MINARI_DATASETS_PATH")
-    resolve_task("", ID)
-    assert "MINARI_DATASETS_PATH" not in os.environ
+    assert resolve_task("", f"hf://my-group/{ID}").dataset_ids == (ID,)
+    assert not [path for path in hub.requests if "farama-minari" in path], "nobody else was asked"
     assert (tmp_path / ".minari/datasets" / ID / "data/metadata.json").exists()
+    assert not {"MINARI_DATASETS_PATH", "MINARI_REMOTE"} & set(os.environ)
+
+
+def test_what_the_remote_does_not_have_exits_with_its_answer(hub, datasets, exit_sentence):
+    publish(hub, datasets)
+    for dataset_id in ("some/hopper/other-v0", "hf://nobody/some/x-v0"):
+        assert re.search("could not be downloaded from .*404", exit_sentence(resolve_task, "", dataset_id))
+    assert list(datasets.iterdir()) == []
+    (hub.folder / "farama-minari" / ID / "data" / "main_data.hdf5").unlink()
+    assert "cannot be read" in exit_sentence(resolve_task, "", ID), "the client takes what there is"
+    assert not list(datasets.glob(".making-*"))
+
+
+def test_a_disk_without_room_is_told_before_the_download(hub, datasets, monkeypatch, exit_sentence):
+    publish(hub, datasets)
+    usage = shutil.disk_usage(datasets)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    sentence = exit_sentence(resolve_task, "", ID)
+    assert re.search(r"has 0 MB left, and \d+ are needed; set MINARI_DATASETS_PATH", sentence)
+    assert not [path for path in hub.requests if path.endswith(".hdf5")]
+    assert list(datasets.iterdir()) == []

@@ -89,14 +89,6 @@ def test_error_falls_as_the_order_promises():
         assert np.all(np.log2(errors[:-1] / errors[1:]) > order - 0.35), (order, errors)
 
 
-@skips
-def test_error_falls_with_order_and_with_calls(skip):
-    """Between 15 calls, which the policies make, and 60, and at 60 (at few calls a lower order may be lucky)."""
-    errors = np.array([[gaussian_error(num_calls, order, skip) for num_calls in (15, 60)] for order in (1, 2, 3)])
-    assert np.all(np.diff(errors[:, 1]) < 0)
-    assert np.all(errors[:, 1] < errors[:, 0])
-
-
 @pytest.mark.parametrize("clip", [False, True])
 def test_first_order_is_ddim(clip):
     """27 calls over K = 1000 meet every 37th index exactly: DDIM with eta = 0, from alpha_bar alone."""

@@ -9,14 +9,16 @@ test_reference.py holds the same functions, with the paper's networks, against t
 """
 
 import dataclasses
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import equinox as eqx
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import one, over
 
 from algorithms import bc, crr, dql_baseline, edp_crr, edp_iql, edp_td3bc, iql, td3bc
 from common.diffusion import corrupt, ddpm_sample, implied_noise, make_schedule
@@ -32,15 +34,7 @@ ALPHA_BAR = np.cumprod(ALPHA)
 SIGNAL, SIGMA = np.sqrt(ALPHA_BAR), np.sqrt(1 - ALPHA_BAR)
 SMALL = {"num_diffusion_steps": K, "num_solver_calls": 3, "batch_size": BATCH, "num_updates": 10}
 SMALL |= {"eta": 1.0, "learning_rate": 1e-3, "expectile": 0.8, "temperature": 1.0}
-
-
-def make_args(algorithm, **changes):
-    names = {field.name for field in dataclasses.fields(algorithm.Args)}
-    return algorithm.Args(**{name: value for name, value in SMALL.items() if name in names} | changes)
-
-
-def over(*algorithms):
-    return pytest.mark.parametrize("algorithm", algorithms, ids=lambda module: module.__name__.split(".")[-1])
+make_args = partial(helpers.make_args, common=SMALL)
 
 
 def value_and_grad(loss, argnums=0):
@@ -108,7 +102,6 @@ def make_policy():
     return policy
 
 
-one = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
 compiled = jax.jit(lambda module, *inputs: jax.vmap(module)(*inputs))
 forward = lambda *inputs: np.asarray(compiled(*inputs))
 

@@ -1,4 +1,4 @@
-"""Who imports whom: `python tests/test_house.py` prints it, floor by floor. And what is packed, and run from where."""
+"""Who imports whom, what is packed, and what is run from where."""
 
 import ast
 import os
@@ -44,13 +44,10 @@ def floor_of(module: str) -> int:
     return 1 + max((floor_of(below) for below in IMPORTS[module] if below.rpartition(".")[0] == room), default=0)
 
 
-def test_the_mathematics_stands_alone():
+def test_the_mathematics_stands_alone_and_is_small():
     for module in MATHEMATICS:
         assert IMPORTS[module] <= MATHEMATICS, module
     assert IMPORTS["common.networks"] == IMPORTS["common.diffusion"] == set()
-
-
-def test_the_mathematics_is_small():
     assert sum(len(FILES[module].read_text().splitlines()) for module in MATHEMATICS) <= 350
 
 
@@ -113,12 +110,3 @@ def test_the_wheel_is_whole_and_declares_what_it_needs(tmp_path):
     command = [sys.executable, "-m", "common.harness.tasks"]
     printed = subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True, text=True).stdout
     assert "pointmaze-umaze" in printed
-
-
-if __name__ == "__main__":
-    for room in ("algorithms", "common", HARNESS):
-        modules = [module for module in FILES if module.rpartition(".")[0] == room and module != HARNESS]
-        print(f"{room}/")
-        for module in sorted(modules, key=lambda module: (-floor_of(module), module)):
-            below = ", ".join(name.removeprefix("common.") for name in sorted(IMPORTS[module])) or "nothing of ours"
-            print(f"  floor {floor_of(module)}  {module.rpartition('.')[2]:<13} imports {below}")

@@ -1,6 +1,5 @@
 """The one file that people copy: it computes what edp_td3bc.py computes, reads data as the harness does, and learns."""
 
-import importlib.util
 import itertools
 import re
 import subprocess
@@ -61,37 +60,21 @@ def test_it_is_short_and_imports_nothing_of_ours():
 def args(brief, monkeypatch):
     """Of edp_td3bc, with the settings of the short file, whose target policy moves with every update."""
     monkeypatch.setattr(brief, "BATCH_SIZE", SIZE)
-    return edp_td3bc.Args(
-        batch_size=SIZE,
-        policy_target_start=0,
-        policy_target_every=1,
-        learning_rate=brief.LEARNING_RATE,
-        max_grad_norm=brief.MAX_GRAD_NORM,
-        gamma=brief.GAMMA,
-        tau=brief.TAU,
-        eta=brief.ETA,
-        num_diffusion_steps=brief.K,
-        num_solver_calls=brief.NUM_SOLVER_CALLS,
-        solver_order=1,
-    )
+    names = ("learning_rate", "max_grad_norm", "gamma", "tau", "eta", "num_solver_calls")
+    settings = {name: getattr(brief, name.upper()) for name in names}
+    settings |= {"policy_target_start": 0, "policy_target_every": 1}
+    return edp_td3bc.Args(batch_size=SIZE, num_diffusion_steps=brief.K, solver_order=1, **settings)
 
 
 @pytest.fixture
 def state(float64, args, quick_networks):
     """Of edp_td3bc. Weights are twice the initial ones, so that some a-hat^0 are clipped and some are not."""
-    state = edp_td3bc.init_state(jax.random.key(0), OBS_DIM, ACT_DIM, args)
-    other = edp_td3bc.init_state(jax.random.key(1), OBS_DIM, ACT_DIM, args)
     twice = lambda module: jax.tree.map(lambda leaf: 2 * jnp.asarray(leaf, jnp.float64), module)
-    policy_optimizer, optimizer = edp_td3bc.make_optimizers(args)
+    state, other = (edp_td3bc.init_state(jax.random.key(seed), OBS_DIM, ACT_DIM, args) for seed in (0, 1))
     policy, critics = twice(state.policy), twice(state.critics)
-    return edp_td3bc.TrainState(
-        policy,
-        policy_optimizer.init(policy),
-        critics,
-        optimizer.init(critics),
-        twice(other.critics),
-        twice(other.policy),
-    )
+    of_policy, of_critics = edp_td3bc.make_optimizers(args)
+    targets = twice(other.critics), twice(other.policy)
+    return edp_td3bc.TrainState(policy, of_policy.init(policy), critics, of_critics.init(critics), *targets)
 
 
 @pytest.fixture
@@ -105,13 +88,8 @@ def batch(float64):
 @pytest.fixture
 def draws(float64):
     rng = np.random.default_rng(1)
-    draws = {
-        "index": rng.integers(SIZE, size=SIZE),
-        "k": rng.integers(1000, size=SIZE),
-        "i": rng.integers(2),
-        "noise": rng.standard_normal((SIZE, ACT_DIM)),
-        "next_noise": rng.standard_normal((SIZE, ACT_DIM)),
-    }
+    draws = {"index": rng.integers(SIZE, size=SIZE), "k": rng.integers(1000, size=SIZE), "i": rng.integers(2)}
+    draws |= {name: rng.standard_normal((SIZE, ACT_DIM)) for name in ("noise", "next_noise")}
     return jax.tree.map(jnp.asarray, draws)
 
 
@@ -132,14 +110,11 @@ def replace_draws(monkeypatch, draws):
 
 def networks(minimal, module):
     """The short file's network with these weights."""
-    make = lambda mlp: minimal.MLP(*widths_of(mlp), key=jax.random.key(0))
+    widths = lambda mlp: (mlp.layers[0].weight.shape[-1], *(layer.bias.shape[-1] for layer in mlp.layers))
+    make = lambda mlp: minimal.MLP(*widths(mlp), key=jax.random.key(0))
     is_policy = isinstance(module, edp_td3bc.NoisePredictor)
     like = minimal.NoisePredictor(make(module.time_mlp), make(module.mlp)) if is_policy else make(module.mlp)
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(module))
-
-
-def widths_of(mlp):
-    return mlp.layers[0].weight.shape[-1], *(layer.bias.shape[-1] for layer in mlp.layers)
 
 
 def assert_close(result, expected):
@@ -158,23 +133,18 @@ def test_the_networks_are_as_large(minimal, monkeypatch, quick_compilation):
     minimal.main("bandit", seed=0, updates=0)
     args = edp_td3bc.Args(learning_rate=1e-3)
     expected = jax.eval_shape(lambda key: edp_td3bc.init_state(key, 1, 2, args), jax.random.key(0))
+    shapes = lambda tree: [leaf.shape for leaf in jax.tree.leaves(tree)]
     for name in expected._fields:
-        shapes = [leaf.shape for leaf in jax.tree.leaves(getattr(states[0], name))]
-        assert shapes == [leaf.shape for leaf in jax.tree.leaves(getattr(expected, name))], name
-
-
-def test_the_schedule(minimal):
-    schedule = make_schedule("linear", 1000)
-    np.testing.assert_array_equal(minimal.SIGNAL, schedule.sqrt_alpha_bar)
-    np.testing.assert_array_equal(minimal.SIGMA, schedule.sqrt_one_minus_alpha_bar)
+        assert shapes(getattr(states[0], name)) == shapes(getattr(expected, name)), name
 
 
 def test_the_sampler_is_dpm_solver_of_order_1(minimal, state, batch, draws):
-    noise_fn = lambda a_k, k: jax.vmap(state.policy, in_axes=(0, 0, None))(batch.obs, a_k, k)
     schedule = make_schedule("linear", 1000)
+    np.testing.assert_array_equal(minimal.SIGNAL, schedule.sqrt_alpha_bar)
+    np.testing.assert_array_equal(minimal.SIGMA, schedule.sqrt_one_minus_alpha_bar)
+    noise_fn = lambda a_k, k: jax.vmap(state.policy, in_axes=(0, 0, None))(batch.obs, a_k, k)
     expected = jax.jit(lambda x: dpm_solver_sample(noise_fn, schedule, x, 15, order=1, clip=True))(draws["noise"])
-    policy = networks(minimal, state.policy)
-    result = jax.jit(minimal.sample_action)(policy, batch.obs, draws["noise"])
+    result = jax.jit(minimal.sample_action)(networks(minimal, state.policy), batch.obs, draws["noise"])
     assert_close(result, expected)
     assert 0.02 < (jnp.abs(result) == 1).mean() < 0.98, "the clip is at work, and not everywhere"
 
@@ -216,14 +186,9 @@ def test_whole_updates(brief, state, batch, args, replace_draws):
     """Two of them: the draw of the batch, the order of the networks, Adam, its clip and the targets."""
     key = jax.random.key(0)
     replace_draws("next_noise", "noise")  # in the order in which edp_td3bc draws them
-    short = brief.TrainState(
-        networks(brief, state.policy),
-        brief.optimizer.init(networks(brief, state.policy)),
-        networks(brief, state.critics),
-        brief.optimizer.init(networks(brief, state.critics)),
-        networks(brief, state.target_policy),
-        networks(brief, state.target_critics),
-    )
+    modules = {name: networks(brief, getattr(state, name)) for name in state._fields if not name.endswith("_opt")}
+    opts = {f"{name}_opt": brief.optimizer.init(modules[name]) for name in ("policy", "critics")}
+    short = brief.TrainState(**modules, **opts)
     step = jax.jit(lambda state, update: edp_td3bc.train_step(state, update, key, batch, args)[0])
     for update in (1, 2):
         state, short = step(state, update), brief.train_step(short, batch, key)
@@ -239,11 +204,9 @@ def test_an_action_is_drawn_as_by_edp_td3bc(brief, state, args, monkeypatch):
     monkeypatch.setattr(jax.random, "categorical", median)
     key, step = jax.random.key(0), jnp.int32(0)
     expected = jax.jit(lambda state: edp_td3bc.select_action(state, obs, key, step, args))(state)
+    unused = dict.fromkeys(brief.TrainState._fields)
     short = {name: networks(brief, getattr(state, name)) for name in ("policy", "critics")}
-    assert_close(
-        brief.select_action(brief.TrainState(**dict.fromkeys(brief.TrainState._fields))._replace(**short), obs, key),
-        expected,
-    )
+    assert_close(brief.select_action(brief.TrainState(**unused | short), obs, key), expected)
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -305,24 +268,3 @@ def test_the_program_learns_the_bandit(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- its page
-
-
-def test_the_page_shows_every_line_once():
-    """From the first constant to the end of `main`; blank lines may lie between two sections."""
-    pytest.importorskip("mkdocs", reason="requirements-docs.txt has it")
-    pytest.importorskip("ziamath", reason="requirements-docs.txt has it")
-    from mkdocs.exceptions import PluginError
-
-    spec = importlib.util.spec_from_file_location("hooks", FILE.parents[1] / "docs" / "hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
-    page = (FILE.parents[1] / "docs" / "minimal.md").read_text()
-    marks = re.findall(r"^<!-- code: minimal/edp.py (\w+)(?: to (\w+))? -->$", page, flags=re.MULTILINE)
-    shown = "".join(hooks.explained("minimal/edp.py", first, last or None, "") for first, last in marks)
-    numbers = [range(int(a), int(b) + 1) for a, b in re.findall(r"lines (\d+) to (\d+)", shown)]
-    lines = FILE.read_text().splitlines()
-    first, end = lines.index("import optax") + 2, lines.index('if __name__ == "__main__":') + 1
-    expected = [number for number in range(first, end) if lines[number - 1]]
-    assert [number for number in itertools.chain(*numbers) if lines[number - 1]] == expected
-    with pytest.raises(PluginError, match="does not define gone"):
-        hooks.explained("minimal/edp.py", "gone", None, "")

@@ -192,11 +192,3 @@ def test_twin_critics_are_two_different_critics():
         one = jax.tree.map(lambda leaf: leaf[i], critics)
         expected = [numpy_mlp(one.mlp, np.concatenate(pair, dtype=np.float64))[0] for pair in zip(obs, action)]
         np.testing.assert_allclose(q[i], expected, atol=TINY)
-
-
-def test_modules_pass_through_vmap_and_grad():
-    """Plain transformations suffice: no filtering of leaves."""
-    loss = lambda policy: jnp.sum(jax.vmap(policy, (None, None, 0))(*example(), jnp.arange(3)))
-    grads = jax.jit(jax.grad(loss))(make("policy"))
-    assert jax.tree.structure(grads) == jax.tree.structure(make("policy"))
-    np.testing.assert_allclose(grads.mlp.layers[-1].bias, np.full(ACT_DIM, 3.0), rtol=TINY)

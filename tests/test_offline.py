@@ -1,31 +1,24 @@
-"""Logs without an environment: what is held back, what it tells of a policy, and a run from arrays to actions."""
+"""Logs without an environment: what is held back, what it tells of a policy, and a run."""
 
-import dataclasses
 import importlib
 import json
 import re
-import shlex
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import acting
 import equinox as eqx
-import export
 import gymnasium
 import jax
 import minari
 import numpy as np
 import pytest
 from gymnasium.spaces import Box
-from helpers import change_metadata, make_args, record_hopper, rows_of, same_run, tiny
+from helpers import TINY, change_metadata, make_args, record_hopper, rows_of, same_run
 from minari.data_collector import EpisodeBuffer
 
-from algorithms import bc, edp_iql
+from algorithms import bc
 from common import networks
 from common.harness import Dataset, load_dataset, offline, setup
-from common.harness.flags import cli
 from common.harness.shaping import held_back_episodes
 
 DATASET_ID, GAMMA = "test/logs/random-v0", 0.9
@@ -51,11 +44,6 @@ def linear(u, w, v) -> State:
 
 
 @pytest.fixture
-def no_hidden_layers(monkeypatch):
-    monkeypatch.setattr(networks, "NUM_HIDDEN", 0)
-
-
-@pytest.fixture
 def episodes():
     """Of 5, 1 and 4 steps; the first ends by time."""
     rng, ends = np.random.default_rng(0), np.array([5, 6, 10])
@@ -65,7 +53,8 @@ def episodes():
     return Dataset(obs, action, rng.normal(size=10).astype(np.float32), next_obs, terminal), ends
 
 
-def test_diagnostics_are_those_of_a_numpy_transcription(episodes, no_hidden_layers):
+def test_diagnostics_are_those_of_a_numpy_transcription(episodes, monkeypatch):
+    monkeypatch.setattr(networks, "NUM_HIDDEN", 0)
     dataset, ends = episodes
     rng, seeds, samples = np.random.default_rng(1), 2, 4
     u, w, of_v = (rng.normal(size=shape).astype(np.float32) for shape in ((seeds, 2, 3), (seeds, 2, 2), (seeds, 3)))
@@ -102,22 +91,6 @@ def test_diagnostics_are_those_of_a_numpy_transcription(episodes, no_hidden_laye
     assert (found["nearest_distance"] < found["action_distance"] - 0.1).all(), "otherwise one may be the other"
 
 
-def test_a_value_that_is_the_return_has_no_bias_and_correlates_wholly(episodes, no_hidden_layers):
-    """Paid 1 for each step of a task that never ends, the return is 1 / (1 - gamma) everywhere; of one that ends it is
-    (1 - gamma^steps) / (1 - gamma). The observation says it, and V(s) is what it says."""
-    dataset, ends = episodes
-    left = np.array([5, 4, 3, 2, 1, 1, 4, 3, 2, 1.0])
-    for terminal, value in ((0, np.full(10, 10.0)), (1, (1 - GAMMA**left) / (1 - GAMMA))):
-        says = lambda value: np.float32(value)[:, None]
-        always = dataset._replace(obs=says(value), next_obs=says(np.full(10, 10)), reward=np.ones(10, np.float32))
-        held = offline.held_back_states(always._replace(terminal=np.full(10, terminal)), ends, GAMMA)
-        state = linear(np.zeros((1, 2, 1)), np.zeros((1, 2, 2)), np.ones((1, 1)))
-        keys = jax.random.split(jax.random.key(0), (1, 1, 10))
-        found = offline.diagnose(state, lambda obs, keys: held.action[None], held, keys)
-        np.testing.assert_allclose(found["value_bias"], 0, atol=2e-6)  # 10 has float32's spacing of 1e-6
-        np.testing.assert_allclose(found["value_correlation"], terminal, atol=1e-6)
-
-
 # ------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -137,7 +110,7 @@ def logs(datasets, tmp_path, monkeypatch):
 
 
 def test_a_tenth_of_the_episodes_is_held_back(logs, exit_sentence):
-    args, task = setup(make_args(bc, tiny("bc"), dataset_id=DATASET_ID, eval_episodes=None))
+    args, task = setup(make_args(bc, TINY, dataset_id=DATASET_ID, eval_episodes=None))
     dataset, behaviour = load_dataset(task, "none")
     held, ends = behaviour.held_back
     assert (args.eval_episodes, len(ends), len(held.reward)) == (0, 2, 12)
@@ -169,7 +142,7 @@ def test_a_run_logs_its_diagnostics_and_goes_on_as_if_it_had_not_stopped(
     algorithm, logs, tmp_path, monkeypatch, quick_networks, capsys, exit_sentence
 ):
     module, folder = importlib.import_module(f"algorithms.{algorithm}"), tmp_path / "run"
-    args = make_args(module, tiny(algorithm) | {"normalize_obs": True}, dataset_id=DATASET_ID, eval_episodes=None)
+    args = make_args(module, TINY | {"normalize_obs": True}, dataset_id=DATASET_ID, eval_episodes=None)
     run = lambda folder, **changes: module.train(make_args(module, vars(args) | {"run_dir": str(folder)} | changes))
     results, printed = run(folder), capsys.readouterr().out
     rows, state = rows_of(folder / "metrics.csv"), acting.open_run(folder).state
@@ -189,34 +162,3 @@ def test_a_run_logs_its_diagnostics_and_goes_on_as_if_it_had_not_stopped(
     for name in names:
         np.testing.assert_array_equal(again[name], results[name])
     assert "names no environment" in exit_sentence(acting.main, acting.Args((folder,), episodes=1))
-
-
-@pytest.mark.slow
-def test_the_page_makes_a_policy_of_arrays_that_acts_with_jax_alone(datasets, tmp_path, monkeypatch, quick_networks):
-    """Its scripts as they are; its training for fewer updates. The whole of it: test_docs.py, slow."""
-    pytest.importorskip("flatbuffers", reason="requirements-dev.txt has it")
-    monkeypatch.chdir(tmp_path)
-    page = (Path(acting.__file__).parents[1] / "docs" / "your-logs.md").read_text()
-    scripts = dict(re.findall(r'```py title="(.*?)"\n(.*?)```', page, re.DOTALL))
-    exec(scripts["make_logs.py"], {})
-    exec(scripts["make_dataset.py"], {})
-    logs = np.genfromtxt("logs.csv", delimiter=",", names=True)
-    first = minari.load_dataset("logs/cart-v0")[0]
-    rows = logs[logs["episode"] == 0]
-    ended = int(rows["done"][-1])
-    np.testing.assert_allclose(first.actions[:, 0], rows["force"][: len(rows) - 1 + ended], rtol=1e-6)
-    np.testing.assert_allclose(first.rewards, rows["reward"][: len(rows) - 1 + ended])
-    np.testing.assert_allclose(first.observations[: len(rows), 0], rows["x"], rtol=1e-6)
-    assert (first.terminations.sum(), first.truncations.sum()) == (ended, 1 - ended)
-
-    words = shlex.split(re.search(r"^python algorithms/edp_iql.py (.*--run-dir runs/cart)$", page, re.MULTILINE)[1])
-    edp_iql.train(dataclasses.replace(cli(edp_iql.Args, words), num_updates=2, eval_every=1))
-    export.main(export.Args(Path("runs/cart"), Path("policy.jax")))
-    packages = [path for path in sys.path if path.endswith("-packages")]
-    alone = f"import sys; sys.path += sys.argv[1:]\n{scripts['act.py']}"
-    alone += 'assert not {"common", "algorithms", "equinox", "minari", "gymnasium"} & set(sys.modules)\n'
-    command = [sys.executable, "-I", "-S", "-c", alone, *packages]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
-    action = np.array(re.findall(r"-?\d+\.[\de-]*", printed), float)
-    assert action.shape == (2,)
-    assert (np.abs(action) <= 2).all()

@@ -21,12 +21,7 @@ def case(algorithm, slow=True, **flags):
 
 over = lambda *cases: pytest.mark.parametrize(("algorithm", "flags"), cases)
 FEED_FORWARD = [case(td3bc), case(crr), case(iql, expectile=0.7, temperature=1.0)]
-DIFFUSION = [
-    case(edp_td3bc),
-    case(edp_crr),
-    case(edp_iql, expectile=0.7),
-    case(dql_baseline, num_diffusion_steps=5),
-]
+DIFFUSION = [case(edp_td3bc), case(edp_crr), case(edp_iql, expectile=0.7), case(dql_baseline, num_diffusion_steps=5)]
 
 
 def make_dataset(both_pay, size=2000):
@@ -81,11 +76,3 @@ def test_where_both_modes_pay_a_diffusion_policy_acts_in_them(algorithm, flags):
     action = train(algorithm, flags, both_pay=True)[1]()
     assert min(np.mean(np.abs(action - mode) < 0.3) for mode in (0.6, -0.6)) > 0.3
     assert np.mean(np.abs(action) < 0.3) < 0.15
-
-
-@pytest.mark.slow
-def test_without_guidance_the_policy_is_the_behaviour_with_both_modes():
-    """With eta = 0 and N = 1 it is behaviour cloning: a diffusion policy does not average -0.6 and 0.6."""
-    action = train(edp_td3bc, {"eta": 0.0})[1]()
-    assert abs(np.mean(action > 0) - 0.5) < 0.12
-    assert min(np.mean(np.abs(action - mode) < 0.3) for mode in (0.6, -0.6)) > 0.3

@@ -22,15 +22,9 @@ DOMAIN_TASKS = {
     domain: [task for task in reproduce.PAPER_TASKS if report.domain_of(task) == domain]
     for domain in ("locomotion", "antmaze", "adroit", "kitchen")
 }
-MISPRINTS = {
-    ("EDP + TD3+BC", "antmaze"),
-    ("EDP + TD3+BC", "adroit"),
-    ("EDP + TD3+BC", "kitchen"),
-    ("EDP + IQL", "antmaze"),
-}
 
 
-def test_the_papers_averages_are_those_of_its_cells_but_for_four_misprints():
+def test_the_papers_numbers_are_whole_and_their_averages_those_of_the_cells_but_for_four_misprints():
     """An independent check of what was copied: 20 columns, printed with one decimal."""
     wrong = set()
     for row in report.PAPER:
@@ -38,23 +32,19 @@ def test_the_papers_averages_are_those_of_its_cells_but_for_four_misprints():
             cells = [row[task] for task in tasks]
             if all(cells) and row[domain] and abs(np.mean(list(map(float, cells))) - float(row[domain])) > 0.0501:
                 wrong.add((row["source"], row["metric"], row["column"], domain))
-    assert wrong == {("Table 5", "OMS", *misprint) for misprint in MISPRINTS}
+    td3bc = {("Table 5", "OMS", "EDP + TD3+BC", domain) for domain in ("antmaze", "adroit", "kitchen")}
+    assert wrong == td3bc | {("Table 5", "OMS", "EDP + IQL", "antmaze")}
     assert sum(map(len, DOMAIN_TASKS.values())) == 20
-
-
-def test_every_column_of_a_table_has_the_papers_numbers():
     for artefact in reproduce.ARTEFACTS.values():
         for column in artefact.columns if artefact.source else ():
             fields = DOMAIN_TASKS if artefact.kind == "means" else artefact.tasks
-            assert all(report.paper_numbers(artefact.source, column, field) for field in fields), (
-                artefact.title,
-                column,
-            )
+            assert all(report.paper_numbers(artefact.source, column, field) for field in fields), artefact.title
 
 
 def test_table_3_is_what_the_paper_has():
     lines = list(reproduce.hyperparameters(None))
-    assert [line[""] for line in lines] == list(DOMAIN_TASKS) and {"eta", "num_updates"} < lines[0].keys()
+    assert [line[""] for line in lines] == list(DOMAIN_TASKS)
+    assert {"eta", "num_updates"} < lines[0].keys()
     assert all(line[name] == line[f"{name}, paper"] for line in lines for name in list(line)[1::2])
 
 
@@ -82,16 +72,14 @@ def write_run(tmp_path):
     return write
 
 
+def row_of(name, task=None, columns=("EDP + IQL",)):
+    return {"data": name, "task": task, "runs": dict.fromkeys(columns, name), "differs": []}
+
+
 def artefact_of(*rows, **changes):
-    plain = {
-        "title": "T",
-        "command": "c",
-        "source": "Table 5",
-        "metrics": ["RAT"],
-        "tasks": list(reproduce.PAPER_TASKS),
-    }
-    columns = {"EDP + IQL": {"flags": "edp_iql"}}
-    return plain | {"kind": "table", "columns": columns, "differs": [], "scale": 1.0, "rows": list(rows)} | changes
+    plain = {"title": "T", "command": "c", "source": "Table 5", "metrics": ["RAT"], "kind": "table", "differs": []}
+    plain |= {"tasks": list(reproduce.PAPER_TASKS), "columns": {"EDP + IQL": {"flags": "edp_iql"}}, "scale": 1.0}
+    return plain | {"rows": list(rows)} | changes
 
 
 def test_scores_and_metrics_are_those_of_the_raw_returns(tmp_path, write_run):
@@ -116,8 +104,8 @@ def test_interquartile_mean_and_interval_of_known_samples():
 
 
 def test_the_papers_number_stands_in_a_column_of_its_own_and_is_marked_where_the_data_differ(tmp_path, write_run):
-    write_run("x", np.array([[[9.0], [9.0]], [[4.0], [8.0]]]), reference=(0.0, 100.0))
-    row = {"data": "hopper-medium", "task": "hopper-medium", "runs": {"EDP + IQL": "x"}, "differs": []}
+    write_run("hopper-medium", np.array([[[9.0], [9.0]], [[4.0], [8.0]]]), reference=(0.0, 100.0))
+    row = row_of("hopper-medium", "hopper-medium")
     text = report.write_report(tmp_path, "t", artefact_of(row), report.read_runs(tmp_path))
     assert "| | behaviour | EDP + IQL | EDP + IQL, paper |" in text
     assert "| hopper-medium | 7.2 | 7.5 ± 1.4 | 63.1 |" in text  # of 6.5 and 8.5; Table 5 has 63.1
@@ -131,51 +119,47 @@ def test_the_papers_number_stands_in_a_column_of_its_own_and_is_marked_where_the
 
 def test_an_algorithm_alone_has_its_last_scores_and_its_curves(tmp_path, write_run):
     write_run("x", np.array([[[9.0], [9.0]], [[4.0], [8.0]]]), reference=(0.0, 100.0))
-    write_run("y", np.array([[[9.0], [9.0]], [[1.0], [1.0]]]), reference=(0.0, 100.0))
-    header = json.loads((tmp_path / "y" / "args.json").read_text()) | {"algorithm": "iql"}
-    (tmp_path / "y" / "args.json").write_text(json.dumps(header))
-    row = {"data": "some-data", "task": None, "runs": {"BC": "x", "IQL": "y"}, "differs": []}
-    artefact = artefact_of(row, columns={"BC": {}, "IQL": {}}, alone=True)
+    artefact = artefact_of(row_of("x", columns=["BC"]), columns={"BC": {}}, alone=True)
     report.write_report(tmp_path, "t", artefact, report.read_runs(tmp_path))
-    lines = "| | behaviour | BC |\n|---|---|---|\n| some-data | 7.2 | 6.0 ± 2.8 |\n"  # of 4 and 8
-    assert (tmp_path / "t-bc.md").read_text() == lines
-    assert (tmp_path / "t-iql.md").read_text() == lines.replace("BC", "IQL").replace("6.0 ± 2.8", "1.0 ± 0.0")
-    assert (tmp_path / "t-bc.png").read_bytes() != (tmp_path / "t-iql.png").read_bytes()
+    assert (tmp_path / "t-bc.md").read_text() == "| | behaviour | BC |\n|---|---|---|\n| x | 7.2 | 6.0 ± 2.8 |\n"
+    assert (tmp_path / "t-bc.png").stat().st_size > 0
 
 
-def test_a_domains_mean_has_the_papers_beside_it_only_when_all_its_tasks_are_there(tmp_path, write_run):
-    rows = []
-    for i, task in enumerate(DOMAIN_TASKS["kitchen"]):
+def test_a_mean_has_the_papers_beside_it_when_all_its_tasks_are_there_and_is_none_of_returns(tmp_path, write_run):
+    tasks, rows = DOMAIN_TASKS["kitchen"], []
+    for i, task in enumerate(tasks):
         write_run(task, np.full((2, 2, 1), 30.0 * i), reference=(0.0, 100.0))
-        rows.append({"data": task, "task": task, "runs": {"EDP + IQL": task}, "differs": []})
+        rows.append(row_of(task, task))
     for count, paper in ((3, "59.4"), (2, "")):
         cells = report.cells_of(artefact_of(*rows[:count]), report.read_runs(tmp_path))
         (mean,) = [c for c in cells if c["data"] == f"kitchen, mean of {count} of 3 tasks" and c["metric"] == "RAT"]
         assert (mean["mean"], mean["paper"]) == (15.0 * (count - 1), paper)
+    write_run("raw", np.ones((2, 2, 1)), reference=None)
+    write_run("unfinished", np.ones((1, 1, 1)))  # ten updates of twenty
+    others = [row_of(name) for name in (*tasks[:2], "raw", "unfinished")]
+    for count, mean in ((2, {"all 2": 15.0}), (3, {"raw": 1.0})):
+        cells = report.cells_of(artefact_of(*others[:count]), report.read_runs(tmp_path))
+        means = {cell["data"]: cell["mean"] for cell in cells if cell["metric"] == "RAT"}
+        assert means == dict(zip(tasks, (0.0, 30.0))) | mean
+    assert not report.cells_of(artefact_of(others[3]), report.read_runs(tmp_path))
 
 
-def test_the_mean_over_local_datasets_stands_last_where_all_have_scores(tmp_path, write_run):
-    rows = []
-    for i in range(3):
-        write_run(f"{i}", np.full((2, 2, 1), 25.0 * i), reference=(0.0, 100.0) if i < 2 else None)
-        rows.append({"data": f"{i}", "task": None, "runs": {"EDP + IQL": f"{i}"}, "differs": []})
-    (*_, all_two), three = (report.cells_of(artefact_of(*rows[:n]), report.read_runs(tmp_path)) for n in (2, 3))
-    assert (all_two["data"], all_two["mean"], all_two["iqm"]) == ("all 2", 12.5, 12.5)
-    assert {cell["data"] for cell in three} == {"0", "1", "2"}  # a return is no score
-
-
-def test_curves_against_processor_time_are_those_against_updates_stretched(tmp_path, write_run, monkeypatch):
-    drawn = []
+def test_curves_of_a_mean_are_the_mean_of_curves_and_against_processor_time_they_are_stretched(
+    tmp_path, write_run, monkeypatch
+):
+    drawn, behaviour = [], {"a": 1.0, "b": 4.0}
     monkeypatch.setattr(report, "save", lambda figure, axes, file, legend: drawn.append(axes))
-    write_run("x", np.random.default_rng(0).normal(size=(2, 3, 4)))
-    row = {"data": "a", "task": None, "runs": {"EDP + IQL": "x"}, "differs": []}
-    for spec in ({"flags": "edp_iql"}, {"flags": "edp_iql", "seconds": 0.5}):
-        artefact = artefact_of(row, columns={"EDP + IQL": spec})
-        report.draw_curves(artefact, report.read_runs(tmp_path), {}, tmp_path / "t.png")
-    without, axes = drawn
-    updates, stretched = (axes[i, 0].lines[0].get_xydata() for i in (0, 1))
-    assert without.shape == (1, 1) and axes[1, 0].get_xlabel() == "processor seconds"
-    np.testing.assert_allclose(stretched, updates * [0.5, 1])
+    for i, name in enumerate(behaviour):
+        write_run(name, np.random.default_rng(i).normal(size=(2, 3, 4)), reference=(0.0, 100.0))
+    both, timed = [row_of("a"), row_of("b")], {"EDP + IQL": {"flags": "edp_iql", "seconds": 0.5}}
+    for artefact in (artefact_of(*both), artefact_of(*both, kind="means"), artefact_of(row_of("a"), columns=timed)):
+        report.draw_curves(artefact, report.read_runs(tmp_path), behaviour, tmp_path / "t.png")
+    (a, b), (mean,), (_, seconds) = ([axes[i, 0] for i in range(len(axes))] for axes in drawn)
+    a, b, of_both, stretched = (axes.lines[0].get_xydata() for axes in (a, b, mean, seconds))
+    np.testing.assert_allclose(of_both, (a + b) / 2)
+    assert set(mean.lines[1].get_ydata()) == {2.5} and mean.get_ylabel() == "all 2\nRAT"
+    np.testing.assert_allclose(stretched, a * [0.5, 1])
+    assert seconds.get_xlabel() == "processor seconds"
 
 
 def test_a_panel_shows_edp_with_its_counterpart_or_a_setting_with_the_first():
@@ -183,46 +167,13 @@ def test_a_panel_shows_edp_with_its_counterpart_or_a_setting_with_the_first():
     pairs = [["IQL", "EDP + IQL"], ["TD3+BC", "EDP + TD3+BC"], ["BC", "Diffusion-QL"]]
     assert report.groups_of(columns) == pairs
     assert report.groups_of(["fast", "a", "b"]) == [["fast", "a"], ["fast", "b"]]
-    assert report.groups_of(["fast"]) == [["fast"]]
-
-
-def test_the_curve_of_a_mean_is_the_mean_of_the_datasets_curves(tmp_path, write_run, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(report, "save", lambda figure, axes, file, legend: drawn.append(axes))
-    rows = []
-    for name in ("a", "b"):
-        write_run(name, np.random.default_rng(len(rows)).normal(size=(2, 3, 4)), reference=(0.0, 100.0))
-        rows.append({"data": name, "task": None, "runs": {"EDP + IQL": name}, "differs": []})
-    for kind in ("table", "means"):
-        artefact, behaviour = artefact_of(*rows, kind=kind), {"a": 1.0, "b": 4.0}
-        report.draw_curves(artefact, report.read_runs(tmp_path), behaviour, tmp_path / "t.png")
-    each, ((mean,),) = drawn
-    a, b, of_both = (axes.lines[0].get_xydata() for axes in (each[0, 0], each[1, 0], mean))
-    np.testing.assert_allclose(of_both, (a + b) / 2)
-    assert set(mean.lines[1].get_ydata()) == {2.5} and mean.get_ylabel() == "all 2\nRAT"
-
-
-def test_table_6_has_the_papers_rat_beside_last_scores(tmp_path, write_run):
-    write_run("x", np.ones((2, 1, 1)))
-    row = {"data": "hopper-medium", "task": "hopper-medium", "runs": {"TD3+BC": "x"}, "differs": []}
-    changes = {"source": "Table 6", "metrics": ["last"], "columns": {"TD3+BC": {"flags": "td3bc"}}, "differs": ["last"]}
-    text = report.write_report(tmp_path, "t", artefact_of(row, **changes), report.read_runs(tmp_path))
-    assert "| hopper-medium | 7.2 | 42.0 | 54.0* |" in text
-
-
-def test_a_run_that_did_not_finish_leaves_its_cell_empty_and_is_named(tmp_path, write_run):
-    write_run("x", np.ones((1, 1, 1)))  # ten updates of twenty
-    row = {"data": "a", "task": None, "runs": {"EDP + IQL": "x"}, "differs": []}
-    assert not report.cells_of(artefact_of(row), report.read_runs(tmp_path))
 
 
 def test_condensed_runs_hold_every_value_and_give_the_same_report(tmp_path, write_run):
-    rng = np.random.default_rng(0)
     acting = [(3, seed, j, 0.5 * j) for seed in range(3) for j in range(4)]
-    write_run("runs/a/x", rng.normal(size=(2, 3, 4)), acting=acting)
+    write_run("runs/a/x", np.random.default_rng(0).normal(size=(2, 3, 4)), acting=acting)
     columns = {"EDP + IQL": {"flags": "edp_iql"}, "N = 3": {"flags": "edp_iql", "acting": {"num_eval_actions": 3}}}
-    row = {"data": "a", "task": None, "runs": dict.fromkeys(columns, "a/x"), "differs": []}
-    artefact = artefact_of(row, columns=columns, metrics=["last"])
+    artefact = artefact_of(row_of("a/x", columns=columns), columns=columns, metrics=["last"])
     (tmp_path / "runs" / "artefacts.json").write_text(json.dumps({"t": artefact}))
     report.main(report.Args((tmp_path / "runs",), condense=tmp_path / "condensed"))
     report.main(report.Args((tmp_path / "condensed",)))
@@ -274,7 +225,12 @@ def plan(folder, column="bc", **changes):
     return reproduce.plan(column, "", data, args)
 
 
-def test_the_key_changes_with_all_that_decides_the_numbers_and_with_nothing_else(pointmaze_datasets, tmp_path):
+def test_the_key_changes_with_all_that_decides_the_numbers_and_with_nothing_else(
+    pointmaze_datasets, tmp_path, monkeypatch
+):
+    """Without a device: with JAX's threads a process must not be forked, as Ray forks it; a GPU is for the runs."""
+    monkeypatch.setattr(jax, "devices", lambda: pytest.fail("JAX was started"))
+    reproduce.plan.cache_clear()
     job = plan(tmp_path)
     assert plan(tmp_path, on="ray", jobs=2, watch=True).folder == job.folder
     assert plan(tmp_path, flags=f"{FLAGS} --track").folder == job.folder
@@ -289,27 +245,15 @@ def test_the_key_changes_with_all_that_decides_the_numbers_and_with_nothing_else
         others.append(plan(tmp_path))
     reproduce.plan.cache_clear()
     assert len({job.folder, *(other.folder for other in others)}) == 6
-
-
-def test_planning_starts_no_device(pointmaze_datasets, tmp_path, monkeypatch):
-    """With JAX's threads a process must not be forked, as Ray forks it; and a GPU is for the runs."""
-    monkeypatch.setattr(jax, "devices", lambda: pytest.fail("JAX was started"))
-    reproduce.plan.cache_clear()
-    plan(tmp_path)
-
-
-def test_scale_shortens_a_run_and_leaves_ten_evaluations(pointmaze_datasets, tmp_path):
     job = plan(tmp_path, flags="--num-updates 200000 --eval-every 1000", scale=0.01)
-    assert (job.num_updates, job.flags[-1]) == (2000, "200")
+    assert (job.num_updates, job.flags[-1]) == (2000, "200"), "a shorter run has ten evaluations"
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"artefacts": ()}, "Name a table or figure"),
-        ({"scale": 0.0}, "have to be positive"),
         ({"scale": float("nan")}, "have to be positive"),
-        ({"gpus": -1}, "--gpus has to be"),
         ({"gpus": 1.5}, "--gpus has to be"),
         ({"flags": "'"}, "No closing quotation"),
         ({"data": ("nobody/has/this-v0",)}, "Dataset nobody/has/this-v0 is not in "),

@@ -1,6 +1,5 @@
 """The speed benchmarks: what they write, what their count of operations means, how they refuse."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -42,40 +41,19 @@ def test_a_tiny_run_adds_to_the_figures_and_the_chart(tmp_path, tiny_shapes, mon
     assert "TD3+BC, feed-forward" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_the_parts_of_an_update_and_their_shares_of_the_machine(tmp_path, tiny_shapes, monkeypatch):
-    entry = speed.Entry("EDP", "edp_td3bc", {"num_solver_calls": 1, "solver_order": 1})
-    monkeypatch.setattr(speed, "ENTRIES", {"edp_td3bc": entry})
-    monkeypatch.setattr(roofline, "Chain", functools.partial(roofline.Chain, 20))
-    settings = roofline.Args(results_dir=tmp_path, **TINY)
-    results, _ = speed.record(settings, {"roofline": roofline.roofline, "parts": roofline.parts})
-    row, parts = results["roofline"]["edp_td3bc"], results["parts"]
-    assert 0 < min(row["repeats"]) <= row["per_second"] <= max(row["repeats"])
-    assert row.keys() >= {"label", "chunk", "compile_seconds", "git_commit", "date"}
-    assert row["of_limit"] == pytest.approx(row["flops"] * row["per_second"] / row["chain_flops_per_second"])
-    assert len(row["chain_repeats"]) == 1 + len(row["repeats"]), "before, between and after the repeats"
-    whole = parts.pop("whole update")
-    assert parts.keys() == {"critic target", "critic gradient", "policy gradient"}
-    assert 0.9 < sum(part["flops"] for part in parts.values()) / whole["flops"] <= 1, "the rest multiplies no matrices"
+@pytest.mark.parametrize("speeds", ['{"a": 1', "[]", '{"a": "fast"}', '{"a": 0}'])
+def test_malformed_peers_and_unknown_algorithms_are_refused_before_anything_is_measured(
+    speeds, tmp_path, exit_sentence
+):
+    path = tmp_path / "peers.json"
+    path.write_text(f'{{"machine": "m", "updates_per_second": {speeds}}}')
+    assert str(path) in exit_sentence(speed.main, speed.Args(peers_json=path, results_dir=tmp_path))
+    assert "edp_td3bc" in exit_sentence(speed.main, speed.Args(only=("sac",), results_dir=tmp_path))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_operations_are_counted_once_for_each_loop_and_products_as_two_each():
     loop = jax.jit(lambda x: jax.lax.fori_loop(0, 7, lambda _, y: y @ x, x)).lower(jnp.ones((64, 64))).compile()
     assert speed.count_operations(loop) == pytest.approx(2 * 64**3, rel=0.01)
-
-
-def test_the_chain_of_products_stays_finite_and_off_denormal_numbers():
     chain = roofline.Chain(num_products=2000)
-    assert jnp.linalg.norm(chain.product(chain.matrix)) == pytest.approx(16, rel=0.01)
-
-
-@pytest.mark.parametrize("speeds", ['{"a": 1', "[]", '{"a": "fast"}', '{"a": 0}'])
-def test_malformed_peers_are_refused_before_anything_is_measured(speeds, tmp_path, exit_sentence):
-    path = tmp_path / "peers.json"
-    path.write_text(f'{{"machine": "m", "updates_per_second": {speeds}}}')
-    assert str(path) in exit_sentence(speed.main, speed.Args(peers_json=path, results_dir=tmp_path))
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_an_unknown_algorithm_is_refused_with_the_known_ones(exit_sentence):
-    assert "edp_td3bc" in exit_sentence(speed.main, speed.Args(only=("sac",)))
+    assert jnp.linalg.norm(chain.product(chain.matrix)) == pytest.approx(16, rel=0.01), "finite, and not denormal"

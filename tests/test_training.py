@@ -10,17 +10,17 @@ import os
 import re
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import equinox as eqx
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import ALGORITHMS, SCRIPTS
-from helpers import make_args as args_of
+from helpers import ALGORITHMS, SCRIPTS, one, over
 
 from algorithms import bc, crr, dql_baseline, edp_iql, edp_td3bc, td3bc
 from common.harness import Dataset, load_run
@@ -35,14 +35,7 @@ SMALL |= {"max_grad_norm": 0.01}  # every gradient here is larger
 SMALL |= {"init_noise_scale": 0.001}  # of untrained networks: with 1, every action is clipped to a corner
 pytestmark = pytest.mark.usefixtures("float64", "quick_networks")
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-
-
-def over(*modules):
-    return pytest.mark.parametrize("algorithm", modules, ids=lambda module: module.__name__.split(".")[-1])
-
-
-def make_args(algorithm, **changes):
-    return args_of(algorithm, SMALL, **changes)
+make_args = partial(helpers.make_args, common=SMALL)
 
 
 @cache
@@ -69,10 +62,6 @@ def start(algorithm, seeds=SEEDS):
     """(state, training keys) of some seeds, as the algorithms' `train` makes them."""
     init_keys, train_keys, _ = to_devices(seed_keys(list(seeds), 3), over_seeds=True)
     return to_devices(init_of(algorithm)(init_keys), over_seeds=True), train_keys
-
-
-def one(tree, index=0):
-    return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def start_one(algorithm):
@@ -450,39 +439,26 @@ def test_a_feed_forward_policy_acts_by_its_mean_or_by_energy_based_selection_aro
 
 
 # -------------------------------------------------------------------------------------------------- checkpoints
-def save(folder, algorithm, state, obs_dim=OBS_DIM, update=7):
-    """A checkpoint as a run of `algorithm` with some seeds writes it."""
-    args = dataclasses.asdict(make_args(algorithm, num_seeds=len(SEEDS)))
-    dims = {"observation_dim": obs_dim, "action_dim": ACT_DIM}
-    name = algorithm.__name__.split(".")[1]
-    save_checkpoint(folder, state, {"algorithm": name, "args": args, "dataset": dims, "update": update})
+def test_a_checkpoint_holds_every_leaf_and_one_of_another_kind_is_refused(tmp_path):
+    """Leaves are stored by position: another state or other sizes would be filled with the wrong numbers."""
+    args = make_args(edp_iql, num_seeds=len(SEEDS))
 
+    def save(state, obs_dim=OBS_DIM, update=7):
+        dims = {"observation_dim": obs_dim, "action_dim": ACT_DIM}
+        header = {"algorithm": "edp_iql", "args": dataclasses.asdict(args), "dataset": dims, "update": update}
+        save_checkpoint(tmp_path, state, header)
 
-@over(edp_td3bc, edp_iql)
-def test_a_checkpoint_restores_every_leaf_exactly_and_a_failed_save_leaves_it(algorithm, tmp_path):
-    """Networks, targets and optimizers of all seeds; the header comes along."""
-    state, _ = start(algorithm)
-    state = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf) + np.ones((), leaf.dtype)), state)  # no zeros
-    save(tmp_path, algorithm, state)
+    state = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf) + np.ones((), leaf.dtype)), start(edp_iql)[0])
+    save(state)  # without a zero
     with pytest.raises(TypeError):
-        save(tmp_path, algorithm, state, update=object())
-    args, loaded, header = load_run(tmp_path, algorithm)
-    assert (args, header["update"]) == (make_args(algorithm, num_seeds=len(SEEDS)), 7)
-    assert jax.tree.structure(loaded) == jax.tree.structure(state)
-    assert_trees_equal(loaded, state)
-
-
-def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
-    """Leaves are stored by position: another algorithm or other sizes would be filled with the wrong numbers."""
-    state, _ = start(edp_td3bc)
-    with pytest.raises(CheckpointError, match="no run"):
-        load_run(tmp_path, edp_td3bc)
-    save(tmp_path, edp_td3bc, state)
-    with pytest.raises(CheckpointError, match="a run of edp_td3bc, not of edp_iql"):
-        load_run(tmp_path, edp_iql)
-    save(tmp_path, edp_td3bc, state, obs_dim=OBS_DIM + 1)
+        save(state, update=object())  # and what was there stays
+    loaded = load_run(tmp_path, edp_iql)
+    assert (loaded[0], loaded[2]["update"]) == (args, 7)
+    assert jax.tree.structure(loaded[1]) == jax.tree.structure(state)
+    assert_trees_equal(loaded[1], state)
+    save(state, obs_dim=OBS_DIM + 1)
     with pytest.raises(CheckpointError, match="state"):
-        load_run(tmp_path, edp_td3bc)
-    save(tmp_path, edp_td3bc, start(edp_iql)[0])
+        load_run(tmp_path, edp_iql)
+    save(start(edp_td3bc)[0])
     with pytest.raises(CheckpointError, match="another kind of state"):
-        load_run(tmp_path, edp_td3bc)
+        load_run(tmp_path, edp_iql)
