@@ -117,6 +117,33 @@ def test_the_papers_number_stands_in_a_column_of_its_own_and_is_marked_where_the
     assert (tmp_path / "t.png").stat().st_size > 0
 
 
+def test_pairs_of_columns_are_compared(tmp_path, write_run):
+    rows = []
+    for data, lead in {"some-data": 40.0, "other-data": 0.0}.items():
+        of_seeds = np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]])
+        write_run(f"{data}-a", np.stack([of_seeds, of_seeds + lead]), reference=(0.0, 100.0))
+        write_run(f"{data}-b", np.stack([of_seeds, of_seeds]), reference=(0.0, 100.0))
+        runs = {"EDP + IQL": f"{data}-a", "IQL": f"{data}-b"}
+        rows.append({"data": data, "task": None, "runs": runs, "differs": []})
+    artefact = artefact_of(*rows, columns={"EDP + IQL": {}, "IQL": {}}, pairs=[["EDP + IQL", "IQL"]])
+    text = report.write_report(tmp_path, "t", artefact, report.read_runs(tmp_path))
+    (row,) = rows_of(tmp_path / "t-pairs.csv")
+    assert [float(row[name]) for name in ("mean", "mean_least", "mean_most")] == [20, 0, 40]
+    assert (row["improvement"], row["ahead"], row["behind"]) == ("0.75", "1", "0")
+    assert "| EDP + IQL less IQL |" in text and "| 0.0 to 40.0 |" in text and "| 1, 0 of 2 |" in text
+    assert (tmp_path / "t-pairs.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["published", "matched"])
+def test_our_own_tables_have_flags_that_are_accepted(pointmaze_datasets, tmp_path, name):
+    """Each column is planned with the settings of the table: 10,000 updates, seeds from 10 on."""
+    (data,) = reproduce.find_data(("pointmaze-umaze",), ())
+    args, artefact = reproduce.Args(artefacts=(name,), folder=tmp_path), reproduce.ARTEFACTS[name]
+    jobs = [reproduce.plan(spec["flags"], artefact.flags, data, args) for spec in artefact.columns.values()]
+    assert {job.num_updates for job in jobs} == {10_000} and len({job.folder for job in jobs}) == len(jobs)
+    assert all("--seed 10 " in " ".join(job.flags) for job in jobs)
+
+
 def test_an_algorithm_alone_has_its_last_scores_and_its_curves(tmp_path, write_run):
     write_run("x", np.array([[[9.0], [9.0]], [[4.0], [8.0]]]), reference=(0.0, 100.0))
     artefact = artefact_of(row_of("x", columns=["BC"]), columns={"BC": {}}, alone=True)
