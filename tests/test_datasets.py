@@ -16,7 +16,8 @@ from helpers import by_hand, change_metadata, record, record_hopper, write_datas
 from minari.serialization import serialize_space
 
 from algorithms import bc
-from common.harness import Behaviour, Dataset, pointmaze
+from common import recipes
+from common.harness import Behaviour, Dataset
 from common.harness.datasets import load_dataset, read_minari, resolve_task
 from common.harness.environments import make_env, make_gym_env
 from common.harness.shaping import behaviour_returns, relabel, shape_reward
@@ -394,7 +395,8 @@ def test_actions_beyond_their_bounds_are_told_and_clipped_and_far_beyond_refused
 
 
 def test_a_dataset_that_there_is_no_room_for_is_not_begun(datasets, monkeypatch, exit_sentence):
-    monkeypatch.setattr(pointmaze, "MEGABYTES", 1e9)
+    recipe = recipes.RECIPES["edp/pointmaze/umaze-v0"]._replace(megabytes=1e9)
+    monkeypatch.setitem(recipes.RECIPES, "edp/pointmaze/umaze-v0", recipe)
     sentence, free = exit_sentence(resolve_task, "pointmaze-umaze"), shutil.disk_usage(datasets).free / 1e6
     told = re.search(r"has (\d+) MB left, and 1100000000 are needed; set MINARI_DATASETS_PATH", sentence)[1]
     assert int(told) == pytest.approx(free, rel=0.5)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from helpers import evaluated
 
-from common.harness import Evaluator, environments, pointmaze
+from common.harness import Evaluator, environments
 from common.harness.environments import cell_centre, make_env, make_gym_env
 from common.harness.tasks import ENVIRONMENTS
+from common.recipes.pointmaze import next_cells
 
 HOPPER = ENVIRONMENTS["Hopper"]
 
@@ -174,7 +175,7 @@ def test_mazes_start_near_their_cell_and_end_at_their_goal(name, start, goal):
 def test_reaching_the_goal_pays_once_and_ends_the_episode():
     environment = ENVIRONMENTS["PointMaze_UMaze"]
     maze = make_gym_env(environment.gym_id).unwrapped.maze
-    route = pointmaze.next_cells(maze.maze_map, environment.cells[1])
+    route = next_cells(maze.maze_map, environment.cells[1])
 
     def act(obs, step):
         def towards(one):
