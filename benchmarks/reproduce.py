@@ -44,6 +44,7 @@ from common.harness.flags import check_flags
 from common.harness.recorder import RAT_WINDOW
 from common.harness.run import PACKAGES
 from common.harness.tasks import ADROIT, ANTMAZE, KITCHEN, LOCOMOTION, TASKS, with_domain_defaults
+from common.recipes import RECIPES
 
 # ------------------------------------------------------------------------------------------------------- the artefacts
 
@@ -140,8 +141,8 @@ class Args(Execution):
     artefacts: tyro.conf.Positional[tuple[Literal[(*ARTEFACTS, "all")], ...]]  # what to redo; all: of the paper
     data: tuple[str, ...] = ()
     """by default paper, and for published and matched six datasets that are made here. paper: the paper's tasks, from
-    Minari; local: those of them that have a local dataset of that robot and quality; pointmaze: all three; or a folder
-    with D4RL's files, names of tasks, ids of Minari datasets"""
+    Minari; local: those of them that have a local dataset of that robot and quality; pointmaze: all three; made: the
+    robots' that are made on first use; or a folder with D4RL's files, names of tasks, ids of Minari datasets"""
     scale: float = 1.0  # shortens every run by this factor, but to no fewer than ten evaluations
     num_seeds: int = SEEDS  # seeds of each run, trained together
     flags: str = ""  # for all runs: --flags "--preset fast --eval-episodes 5"
@@ -181,6 +182,7 @@ def find_data(choices: tuple[str, ...], tasks: tuple[str, ...]) -> Iterator[Data
                 yield Data(f"{task} (D4RL)", ("--env-id", task, "--dataset-path", str(file)), task, differs)
         mazes = [name for name in TASKS if name.startswith("pointmaze")]
         known = {"paper": tasks, "pointmaze": mazes, "local": filter(None, map(local_dataset, tasks))}
+        known["made"] = [dataset_id for dataset_id in RECIPES if "pointmaze" not in dataset_id]
         if not (files or choice in {*known, *TASKS} or re.search(r"-v\d+$", choice)):
             raise SystemExit(
                 f"--data {choice}: there is no such folder with D4RL's files (*.hdf5), nor such a task; ids of Minari "
@@ -206,7 +208,7 @@ def local_dataset(task: str) -> str | None:
 NO_KEY = {"env_id", "dataset_id", "dataset_path", "preset", "trust", "exp_name", "run_dir", "track", "capture_video"}
 NO_KEY |= {"resume", "checkpoint_every"}
 NO_CODE = {"checkpoint", "flags", "offline", "plots", "process", "recorder"}  # of the harness, what decides none
-NO_CODE |= {"records", "run"}
+NO_CODE |= {"records", "run"} | {"recipes"}  # whose data are in the key themselves
 
 
 @functools.cache
@@ -251,7 +253,7 @@ def data_digest(paths: tuple[Path, ...]) -> str:
 def code_digest(algorithm: str) -> str:
     """Of what the code does: comments, docstrings and layout do not count."""
     files = [ROOT / "algorithms" / f"{algorithm}.py", *sorted((ROOT / "common").rglob("*.py"))]
-    trees = [ast.parse(file.read_text()) for file in files if file.stem not in NO_CODE]
+    trees = [ast.parse(file.read_text()) for file in files if not {file.stem, file.parent.name} & NO_CODE]
     for node in itertools.chain.from_iterable(map(ast.walk, trees)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             node.value.value = None

@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 from helpers import quickly
 
+from common import recipes
 from common.diffusion import make_schedule
-from common.harness import pointmaze
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,7 +114,7 @@ def made_pointmaze(tmp_path_factory):
     root = tmp_path_factory.mktemp("pointmaze")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(root))
-        pointmaze.make_dataset("edp/pointmaze/umaze-v0", num_steps=3000)
+        recipes.make_dataset("edp/pointmaze/umaze-v0", num_steps=3000)
     return root
 
 

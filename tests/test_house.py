@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 MATHEMATICS = {"common.networks", "common.diffusion", "common.dpm_solver"}
-HARNESS = "common.harness"
+HARNESS, RECIPES = "common.harness", "common.recipes"
 
 
 def imports_of(file: Path) -> set[str]:
@@ -57,13 +57,19 @@ def test_the_harness_knows_no_algorithm_and_has_four_floors():
     floors = (
         ("checkpoint", "devices", "flags", "plots", "process", "records", "tasks"),
         ("bandit", "d4rl", "environments", "offline", "recorder"),
-        ("ogbench", "pointmaze", "recorded", "run", "shaping"),
+        ("ogbench", "recorded", "run", "shaping"),
         ("datasets",),
     )
     highest = {name: floor for floor, names in enumerate(floors, 1) for name in names}
     highest = {f"{HARNESS}.{name}": floor for name, floor in highest.items()}
     assert set(highest) == modules - {HARNESS}
     assert {module: floor_of(module) for module in highest if floor_of(module) > highest[module]} == {}
+
+
+def test_the_recipes_know_environments_and_protocols_alone():
+    modules = {module for module in FILES if module.startswith(RECIPES)}
+    below = modules | {f"{HARNESS}.environments", f"{HARNESS}.tasks"}
+    assert {module: IMPORTS[module] - below for module in modules if IMPORTS[module] - below} == {}
 
 
 def test_an_algorithm_file_imports_the_mathematics_and_the_front_of_the_harness_alone():
@@ -83,7 +89,7 @@ def test_a_script_runs_its_own_repository_whatever_else_can_be_imported(tmp_path
     (tmp_path / "common" / "harness" / "process.py").write_text("raise SystemExit('the second')")
     files = [file for room in ("algorithms", "benchmarks") for file in (tmp_path / room).glob("*.py")]
     scripts = [file for file in files if 'if __name__ == "__main__":' in file.read_text()]
-    assert len(scripts) == 8 + 9
+    assert len(scripts) == 8 + 10
     for script in scripts:
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, str(script)], cwd=ROOT, env=env, capture_output=True, text=True)
@@ -104,8 +110,10 @@ def test_the_wheel_is_whole_and_declares_what_it_needs(tmp_path):
     lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     declared = {Requirement(line) for line in Distribution.at(info).requires}
     assert declared == {Requirement(line) for line in lines if line}
-    packed = {path.relative_to(tmp_path / "installed") for path in (tmp_path / "installed").rglob("*.py")}
-    assert packed == {file.relative_to(ROOT) for file in FILES.values()}
+    packed = [path.relative_to(tmp_path / "installed") for path in (tmp_path / "installed").rglob("*")]
+    packed = {path for path in packed if path.suffix in (".py", ".npz")}
+    policies = (ROOT / "common" / "recipes" / "policies").glob("*.npz")
+    assert packed == {file.relative_to(ROOT) for file in (*FILES.values(), *policies)}
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     command = [sys.executable, "-m", "common.harness.tasks"]
     printed = subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True, text=True).stdout

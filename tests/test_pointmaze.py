@@ -8,9 +8,11 @@ import minari
 import numpy as np
 import pytest
 
-from common.harness import plots, pointmaze
+from common import recipes
+from common.harness import plots
 from common.harness.datasets import load_dataset, resolve_task
 from common.harness.environments import make_gym_env
+from common.recipes.pointmaze import next_cells
 
 MAZES = ["PointMaze_UMaze-v3", "PointMaze_Medium-v3", "PointMaze_Large-v3"]
 UMAZE = "edp/pointmaze/umaze-v0"
@@ -26,7 +28,7 @@ def test_following_next_cells_is_a_shortest_path_from_everywhere(maze):
     maze_map = maze_of(maze).maze_map if maze in MAZES else LETTERS
     free = [(r, c) for r, line in enumerate(maze_map) for c, kind in enumerate(line) if kind != 1]
     for goal in (free[0], free[len(free) // 2], free[-1]):
-        following = pointmaze.next_cells(maze_map, goal)
+        following = next_cells(maze_map, goal)
         assert set(following) == set(free)
         steps = lambda cell: 0 if cell == goal else 1 + steps(following[cell])
         around = lambda cell: [other for other in free if abs(other[0] - cell[0]) + abs(other[1] - cell[1]) == 1]
@@ -59,7 +61,7 @@ def test_the_dataset_is_one_endless_walk_from_goal_to_goal_cut_into_minari_episo
 
 
 def test_replaying_the_actions_gives_the_observations_and_rewards_follow_the_shown_goal(datasets):
-    dataset = pointmaze.make_dataset(UMAZE, num_steps=510, seed=3)
+    dataset = recipes.make_dataset(UMAZE, num_steps=510, seed=3)
     assert [len(episode) for episode in dataset.iterate_episodes()] == [500, 10]
     env = make_gym_env(MAZES[0], continuing_task=True, reset_target=True, max_episode_steps=511)
     obs, _ = env.reset(seed=3)
@@ -76,7 +78,7 @@ def test_the_dataset_is_a_function_of_its_seed(datasets, monkeypatch):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         (datasets / name).mkdir()
         monkeypatch.setenv("MINARI_DATASETS_PATH", str(datasets / name))
-        (episode,) = pointmaze.make_dataset(UMAZE, num_steps=20, seed=seed).iterate_episodes()
+        (episode,) = recipes.make_dataset(UMAZE, num_steps=20, seed=seed).iterate_episodes()
         walks.append(episode.observations["observation"])
     np.testing.assert_array_equal(walks[0], walks[1])
     assert not np.array_equal(walks[0], walks[2])
@@ -88,16 +90,16 @@ def test_the_dataset_is_made_once_and_an_interrupted_making_leaves_nothing(datas
         making(dataset_id)
         raise interruption
 
-    making = functools.partial(pointmaze.make_dataset, num_steps=100)
-    monkeypatch.setattr(pointmaze, "make_dataset", interrupted)
+    making = functools.partial(recipes.make_dataset, num_steps=100)
+    monkeypatch.setattr(recipes, "make_dataset", interrupted)
     with pytest.raises(interruption):
         resolve_task("pointmaze-umaze")
     assert list(datasets.iterdir()) == []
-    monkeypatch.setattr(pointmaze, "make_dataset", making)
+    monkeypatch.setattr(recipes, "make_dataset", making)
     assert resolve_task("pointmaze-umaze").dataset_ids == (UMAZE,)
     assert list(minari.list_local_datasets()) == [UMAZE]
     assert UMAZE in capsys.readouterr().out, "people are told what takes so long"
-    monkeypatch.setattr(pointmaze, "make_dataset", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(recipes, "make_dataset", lambda *_: pytest.fail("made again"))
     assert load_dataset(resolve_task("anything", UMAZE), "none")[1].statistics["transitions"] == 100
 
 

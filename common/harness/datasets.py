@@ -19,7 +19,8 @@ from minari.dataset.minari_storage import MinariStorage, is_image_space
 from minari.storage.datasets_root_dir import get_dataset_path
 from minari.storage.remotes import DEFAULT_REMOTE, get_cloud_storage
 
-from common.harness import bandit, ogbench, pointmaze, tasks
+from common import recipes
+from common.harness import bandit, ogbench, tasks
 from common.harness.d4rl import d4rl_task, hdf5_arrays, open_hdf5, read_d4rl
 from common.harness.devices import set_up_jax
 from common.harness.environments import check_camera, check_environment, observation_parts, quietly
@@ -37,7 +38,7 @@ FARTHEST = 10  # times its bounds an action may be; D4RL's own data leave them, 
 def setup(args):
     """(args, task): checks the flags, finds the data, fills in the domain's defaults.
 
-    Makes (pointmaze) or downloads data that are not there. Exits with one sentence if something is impossible.
+    Makes or downloads data that are not there. Exits with one sentence if something is impossible.
     """
     check_flags(args)
     args = resumed(args)
@@ -103,10 +104,10 @@ def _ensure_local(dataset_id: str) -> str:
     if (path / "data").exists():
         cause = "its download was cut off, or it was written by Minari 0.4, whose layout Minari reads no more"
         raise SystemExit(f"{_name(dataset_id)} has no data/metadata.json: {cause}; move it away and start again.")
-    if dataset_id in pointmaze.DATASETS:
-        print(f"Making the dataset {dataset_id} in {path} (once, under a minute) ...", flush=True)
-        with _staged(path, pointmaze.MEGABYTES):
-            pointmaze.make_dataset(dataset_id)
+    if dataset_id in recipes.RECIPES:
+        print(f"Making the dataset {dataset_id} in {path} (once, some minutes at most) ...", flush=True)
+        with _staged(path, recipes.RECIPES[dataset_id].megabytes):
+            recipes.make_dataset(dataset_id)
         return dataset_id
     try:
         size = get_cloud_storage(remote).get_dataset_metadata(dataset_id).get("dataset_size") or 0

@@ -1,0 +1,126 @@
+"""Datasets that are made: what they hold, that they depend on their seed alone, and that a fresh clone can use them."""
+
+import make_data
+import minari
+import numpy as np
+import pytest
+
+from algorithms import bc
+from common import recipes
+from common.harness import setup
+from common.harness.datasets import load_dataset, resolve_task
+from common.harness.tasks import find_task, normalized_score
+from common.recipes import recording
+
+SMALL = {  # how many steps here, and a task of the same protocol
+    "edp/hopper/medium-v1": (300, "hopper-medium"),
+    "edp/hopper/medium-replay-v1": (600, "hopper-medium-replay"),
+    "edp/halfcheetah/medium-v1": (100, "halfcheetah-medium"),
+    "edp/halfcheetah/medium-replay-v1": (100, "halfcheetah-medium-replay"),
+    "edp/pen/mixed-v1": (300, "pen-cloned"),
+    "edp/pen/expert-v1": (100, "pen-expert"),
+    "edp/antmaze/umaze-play-v1": (300, "antmaze-umaze"),
+    "edp/antmaze/medium-play-v1": (300, "antmaze-medium-play"),
+    "edp/pointmaze/umaze-v0": (600, "pointmaze-umaze"),
+    "edp/pointmaze/medium-v0": (100, "pointmaze-medium"),
+    "edp/pointmaze/large-v0": (100, "pointmaze-large"),
+}
+ROBOTS = [dataset_id for dataset_id in SMALL if "pointmaze" not in dataset_id]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a small dataset of each recipe."""
+    root = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        for dataset_id, (num_steps, _) in SMALL.items():
+            recipes.make_dataset(dataset_id, num_steps)
+    return root
+
+
+@pytest.fixture
+def small(made, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(made))
+
+
+def test_every_recipe_is_tried_here():
+    assert set(SMALL) == set(recipes.RECIPES)
+
+
+@pytest.mark.parametrize("dataset_id", SMALL)
+def test_the_protocol_and_the_settings_of_the_task_apply(small, dataset_id, capsys):
+    task, known = resolve_task("", dataset_id), find_task(SMALL[dataset_id][1])
+    assert task.environment == known.environment
+    assert capsys.readouterr().out == "", "no note that it is evaluated otherwise"
+    dataset = minari.load_dataset(dataset_id)
+    metadata = dataset.storage.metadata
+    assert (metadata["ref_min_score"], metadata["ref_max_score"]) == known.environment.reference
+    assert dataset.env_spec.id == dataset.eval_env_spec.id == known.environment.gym_id
+    load_dataset(task, "none")  # which compares it with its environment
+
+
+@pytest.mark.parametrize("dataset_id", ROBOTS)
+def test_actions_are_on_the_grid_and_episodes_end_where_they_should(small, dataset_id):
+    dataset = minari.load_dataset(dataset_id)
+    episodes, horizon = list(dataset.iterate_episodes()), dataset.env_spec.max_episode_steps
+    assert sum(map(len, episodes[:-1])) < SMALL[dataset_id][0] <= sum(map(len, episodes)), "whole episodes"
+    for episode in episodes:
+        assert np.abs(episode.actions).max() <= 1
+        np.testing.assert_array_equal(episode.actions * recording.GRID % 1, 0)
+        is_last = np.arange(len(episode)) == len(episode) - 1
+        np.testing.assert_array_equal(episode.terminations | episode.truncations, is_last)
+        fell = "hopper" in dataset_id and len(episode) < horizon
+        assert episode.terminations[-1] == fell
+        assert fell or len(episode) == horizon or ("antmaze" in dataset_id and episode.rewards[-1] == 1)
+
+
+def test_the_noise_of_the_pen_is_scaled_by_episode(small):
+    """Actions of noise 16 are at their bounds half of the time, those of the expert one time in ten."""
+    (expert,) = minari.load_dataset("edp/pen/expert-v1").iterate_episodes()
+    at_bounds = [(np.abs(episode.actions) == 1).mean() for episode in minari.load_dataset("edp/pen/mixed-v1")]
+    assert max(at_bounds) > (np.abs(expert.actions) == 1).mean()
+
+
+@pytest.mark.parametrize("dataset_id", ["edp/hopper/medium-replay-v1", "edp/pen/expert-v1", "edp/antmaze/umaze-play-v1"])
+def test_a_dataset_is_a_function_of_its_seed_alone(small, datasets, monkeypatch, dataset_id):
+    def crc() -> int:
+        return load_dataset(resolve_task("", dataset_id), "none")[1].statistics["crc32"]
+
+    first, others = crc(), []
+    for name, seed in (("again", None), ("other", 1)):
+        (datasets / name).mkdir()
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(datasets / name))
+        recipes.make_dataset(dataset_id, SMALL[dataset_id][0], seed)
+        others.append(crc())
+    assert others[0] == first != others[1]
+
+
+def test_the_snapshots_of_medium_replay_follow_each_other_and_end_at_medium(monkeypatch):
+    """Each has its share of the steps; the last one is the policy of medium, which walks farther than the first."""
+    _, replay = recipes.RECIPES["edp/hopper/medium-replay-v1"].record(12_000, 0)
+    lengths = np.array([len(episode.rewards) for episode in replay])
+    starts = np.cumsum(lengths) - lengths
+    first, last = (lengths[starts * 12 // 12_000 == i].mean() for i in (0, 11))
+    assert last > 2 * first
+
+
+def test_a_fresh_clone_makes_what_it_is_asked_for(datasets, monkeypatch, capsys):
+    making = recipes.make_dataset
+    monkeypatch.setattr(recipes, "make_dataset", lambda dataset_id: making(dataset_id, 300))
+    make_data.main(make_data.Args())
+    assert "hopper-medium " in capsys.readouterr().out
+    assert not list(datasets.iterdir()), "a list makes nothing"
+    make_data.main(make_data.Args(("pen-expert",)))
+    assert "edp/pen/expert-v1" in (printed := capsys.readouterr().out)
+    assert f"not {recipes.RECIPES['edp/pen/expert-v1'].crc32}" in printed, "a small one is not the full one"
+    args, task = setup(bc.Args(dataset_id="edp/hopper/medium-v1", num_updates=1))
+    assert (args.learning_rate, task.environment.domain.name) == (3e-4, "locomotion")
+    assert len(list(minari.list_local_datasets())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "score"), [("hopper-medium", 50), ("pen-expert", 104)])
+def test_the_full_dataset_is_that_of_the_table(datasets, capsys, name, score):
+    make_data.main(make_data.Args((name,)))
+    assert "as it should be" in capsys.readouterr().out
