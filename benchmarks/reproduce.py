@@ -110,7 +110,8 @@ class Args(Execution):
     artefacts: tyro.conf.Positional[tuple[Literal[(*ARTEFACTS, "all")], ...]]  # what to redo
     data: tuple[str, ...] = ("paper",)
     """paper: the paper's tasks, from Minari; local: those of them that have a local dataset of that robot and quality;
-    pointmaze: all three; made: those of docs/data.md that need no network; or a folder with D4RL's files, names of tasks, ids of Minari datasets"""
+    pointmaze: all three; made: the robots' that are made on first use; or a folder with D4RL's files, names of tasks,
+    ids of Minari datasets"""
     scale: float = 1.0  # shortens every run by this factor, but to no fewer than ten evaluations
     num_seeds: int = SEEDS  # seeds of each run, trained together
     flags: str = ""  # for all runs: --flags "--preset fast --eval-episodes 5"

@@ -395,7 +395,7 @@ def test_actions_beyond_their_bounds_are_told_and_clipped_and_far_beyond_refused
 
 
 def test_a_dataset_that_there_is_no_room_for_is_not_begun(datasets, monkeypatch, exit_sentence):
-    recipe = recipes.RECIPES["edp/pointmaze/umaze-v0"]._replace(megabytes=1e9)
+    recipe = recipes.RECIPES["edp/pointmaze/umaze-v0"]._replace(megabytes=10**9)
     monkeypatch.setitem(recipes.RECIPES, "edp/pointmaze/umaze-v0", recipe)
     sentence, free = exit_sentence(resolve_task, "pointmaze-umaze"), shutil.disk_usage(datasets).free / 1e6
     told = re.search(r"has (\d+) MB left, and 1100000000 are needed; set MINARI_DATASETS_PATH", sentence)[1]

@@ -106,7 +106,7 @@ def _ensure_local(dataset_id: str) -> str:
         raise SystemExit(f"{_name(dataset_id)} has no data/metadata.json: {cause}; move it away and start again.")
     if dataset_id in recipes.RECIPES:
         print(f"Making the dataset {dataset_id} in {path} (once, some minutes at most) ...", flush=True)
-        with _staged(path, recipes.RECIPES[dataset_id].megabytes):
+        with _staged(path, float(recipes.RECIPES[dataset_id].megabytes)):
             recipes.make_dataset(dataset_id)
         return dataset_id
     try:

@@ -2,7 +2,7 @@
 
     python benchmarks/make_data.py    # lists them
 
-The robots' are made on D4RL's recipes, at a fifth of the size. They are not D4RL's data.
+They follow D4RL's recipes, at a fifth of the size or less. They are not D4RL's data.
 """
 
 from collections.abc import Callable
@@ -13,19 +13,22 @@ import minari
 
 from common.recipes import antmaze, locomotion, pen, pointmaze, recording
 
+ALL, LAST = slice(None), slice(-1, None)  # of a run's snapshots
+
 
 class Recipe(NamedTuple):
     record: Callable  # of (num_steps, seed): (environment, episodes)
     algorithm: str
     description: str
     num_steps: int
-    megabytes: float  # of the dataset
-    crc32: int  # of its arrays as they are read, on the versions in constraints.txt
+    megabytes: int  # of the dataset
+    crc32: int  # of its arrays as a run prints them, on the versions in constraints.txt
     seed: int = 0
 
 
-def _locomotion(robot: str, snapshots: slice, description: str, *numbers) -> Recipe:
-    return Recipe(partial(locomotion.walk, robot, snapshots), "SAC", f"{robot}, {description}.", *numbers)
+def _locomotion(robot: str, snapshots: slice, *numbers) -> Recipe:
+    described = f"{robot} with {'one snapshot' if snapshots == LAST else 'a dozen snapshots'} of SAC, stochastic."
+    return Recipe(partial(locomotion.walk, robot, snapshots), "SAC", described, *numbers)
 
 
 def _pen(noise_scales: tuple[int, ...], *numbers) -> Recipe:
@@ -43,19 +46,18 @@ def _pointmaze(name: str, *numbers) -> Recipe:
     return Recipe(partial(pointmaze.walk, name), "scripted waypoint controller", described, *numbers)
 
 
-ALL, LAST = slice(None), slice(-1, None)
 RECIPES = {
-    "edp/hopper/medium-v1": _locomotion("Hopper", LAST, "one snapshot of a SAC run", 200_000, 40, 0),
-    "edp/hopper/medium-replay-v1": _locomotion("Hopper", ALL, "a dozen snapshots along a SAC run", 160_000, 40, 0),
-    "edp/halfcheetah/medium-v1": _locomotion("HalfCheetah", LAST, "one snapshot of a SAC run", 200_000, 50, 0),
-    "edp/halfcheetah/medium-replay-v1": _locomotion("HalfCheetah", ALL, "a dozen snapshots of SAC", 80_000, 20, 0),
-    "edp/pen/mixed-v1": _pen((1, 4, 8, 16), 100_000, 60, 0),
-    "edp/pen/expert-v1": _pen((1,), 50_000, 30, 0),
-    "edp/antmaze/umaze-play-v1": _antmaze("UMaze", 200_000, 100, 0),
-    "edp/antmaze/medium-play-v1": _antmaze("Medium", 200_000, 100, 0),
-    "edp/pointmaze/umaze-v0": _pointmaze("UMaze", 100_000, 20, 0),
-    "edp/pointmaze/medium-v0": _pointmaze("Medium", 100_000, 20, 0),
-    "edp/pointmaze/large-v0": _pointmaze("Large", 100_000, 20, 0),
+    "edp/hopper/medium-v1": _locomotion("Hopper", LAST, 200_000, 30, 869897117),
+    "edp/hopper/medium-replay-v1": _locomotion("Hopper", ALL, 160_000, 32, 1984523528),
+    "edp/halfcheetah/medium-v1": _locomotion("HalfCheetah", LAST, 200_000, 42, 4033223410),
+    "edp/halfcheetah/medium-replay-v1": _locomotion("HalfCheetah", ALL, 80_000, 17, 3809232513),
+    "edp/pen/mixed-v1": _pen((1, 4, 8, 16), 100_000, 56, 2566941837),
+    "edp/pen/expert-v1": _pen((1,), 50_000, 28, 1179645420),
+    "edp/antmaze/umaze-play-v1": _antmaze("UMaze", 200_000, 78, 3452339658),
+    "edp/antmaze/medium-play-v1": _antmaze("Medium", 200_000, 70, 630446750),
+    "edp/pointmaze/umaze-v0": _pointmaze("UMaze", 100_000, 13, 915029912),
+    "edp/pointmaze/medium-v0": _pointmaze("Medium", 100_000, 13, 1008140670),
+    "edp/pointmaze/large-v0": _pointmaze("Large", 100_000, 13, 1410145032),
 }
 
 
