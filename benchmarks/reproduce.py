@@ -208,7 +208,7 @@ def local_dataset(task: str) -> str | None:
 NO_KEY = {"env_id", "dataset_id", "dataset_path", "preset", "trust", "exp_name", "run_dir", "track", "capture_video"}
 NO_KEY |= {"resume", "checkpoint_every"}
 NO_CODE = {"checkpoint", "flags", "offline", "plots", "process", "recorder"}  # of the harness, what decides none
-NO_CODE |= {"records", "run"} | {"recipes"}  # whose data are in the key themselves
+NO_CODE |= {"recipes", "records", "run"}
 
 
 @functools.cache

@@ -230,6 +230,8 @@ def test_local_datasets_and_d4rl_files_are_found_by_their_names(datasets, tmp_pa
         (datasets / name / "data" / "metadata.json").touch()
     found = {data.name: data.task for data in reproduce.find_data(("local",), reproduce.PAPER_TASKS)}
     assert found == {"edp/hopper/medium-v1": "hopper-medium", "edp/hopper/medium-replay-v0": "hopper-medium-replay"}
+    made = {data.name: data.task for data in reproduce.find_data(("made",), ())}
+    assert len(made) == 8 and made["edp/hopper/medium-v1"] == "hopper-medium" and made["edp/pen/mixed-v1"] is None
     files = {
         "hopper-medium": "hopper_medium-v2.hdf5",
         "hopper-medium-replay": "hopper_medium_replay-v2.hdf5",
