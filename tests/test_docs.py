@@ -104,6 +104,7 @@ FIRST_PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("
 NOT_IN_ORDER = {  # and why
     "git |make |pip |python3 -m venv": "sets up an environment, or is about these tests",
     ".*(D4RL/|antmaze|hopper-medium)": "downloads",
+    ".*edp/hopper/medium-v1": "makes 200,000 steps; test_recipes.py does, slow",
 }
 FEW = {"algorithms": {"num-updates": 4, "eval-every": 2, "batch-size": 8}, "minimal": {"updates": 4}}
 
