@@ -1,4 +1,4 @@
-"""Makes the datasets of docs/data.md, the same on every machine, without a network.
+"""Makes the datasets of docs/data.md, without a network.
 
     python benchmarks/make_data.py                  # lists them
     python benchmarks/make_data.py hopper-medium    # makes edp/hopper/medium-v1

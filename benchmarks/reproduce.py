@@ -94,7 +94,7 @@ SHORT = {"flags": "--preset fast --seed 10 --num-updates 10000 --eval-every 2500
 SHORT["data"] = ("edp/hopper/medium-v1", "edp/halfcheetah/medium-v1", "edp/halfcheetah/medium-replay-v1")
 SHORT["data"] += ("edp/pen/expert-v1", "pointmaze-large", "edp/antmaze/umaze-play-v1")
 PAIRS = tuple((f"EDP + {name}", name) for name in ("TD3+BC", "CRR", "IQL"))
-MATCHED = {  # the policy alone differs: candidates, weight of the guidance, temperature, the wait of the target policy
+MATCHED = {  # alike but for the policy: candidates, weight of the guidance, temperature, the wait of the target policy
     "TD3+BC": "td3bc --num-eval-actions 10 --alpha 1 --policy-every 1 "
     "--policy-target-start 1000 --policy-target-every 5",
     "EDP + TD3+BC": "edp_td3bc --eta 1",
@@ -120,7 +120,7 @@ ARTEFACTS = {
     "fig6": sweep("Fig. 6: scaled policy", "policy_temperature", 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, num_eval_actions=1),
     "fig7": sweep("Fig. 7: scaled initial noise", "init_noise_scale", 0.0, 0.25, 0.5, 0.75, 1.0, num_eval_actions=1),
     "published": Artefact(
-        "Nine algorithms, each with its own paper's settings",
+        "Nine algorithms, each with its own paper's candidates, weights, temperature and targets",
         columns=columns(*list(COLUMNS)[:9]),
         pairs=(*PAIRS, ("EDP + TD3+BC", "Diffusion-QL")),
         **SHORT,

@@ -1,4 +1,4 @@
-"""Datasets that are made and not downloaded: the same on every machine, without a network.
+"""Datasets that are made and not downloaded, without a network.
 
     python benchmarks/make_data.py    # lists them
 

@@ -1,4 +1,4 @@
-"""What the recipes share: behaviour policies that act alike on every processor, and episodes that Minari keeps."""
+"""What the recipes share: behaviour policies, and episodes that Minari keeps."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from common.harness.tasks import ENVIRONMENTS
 
 POLICIES = Path(__file__).with_name("policies")
 # Actions are rounded to multiples of 2^-12. Processors round a product of matrices differently in its last bit, which
-# a chaotic simulation would make another episode of; on the grid it vanishes. No policy is that exact.
+# a chaotic simulation would make another episode of; on the grid it hardly ever shows. No policy is that exact.
 GRID = 2.0**12
 Act = Callable[[np.ndarray | dict], np.ndarray]  # the action in an observation
 
