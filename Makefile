@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: demo test test-slow lint docs figures clean
+.PHONY: demo test test-slow verify lint docs figures clean
 
 demo: .venv/requirements.installed  ## learn pointmaze-umaze with EDP + IQL: no download, two to three minutes on two cores
 	$(VENV)/python algorithms/edp_iql.py --num-updates 2000 --eval-every 200 --eval-episodes 20
@@ -12,6 +12,9 @@ test: .venv/requirements-dev.installed  ## everything but the learning tests tha
 
 test-slow: .venv/requirements-dev.installed
 	$(VENV)/python -m pytest -m slow
+
+verify: .venv/requirements.installed  ## act with each trained policy of policies/, beside its card: two minutes
+	$(VENV)/python benchmarks/cards.py verify
 
 lint: .venv/requirements-dev.installed
 	$(VENV)/ruff check .

@@ -5,10 +5,12 @@
     python benchmarks/acting.py runs/<run> --policy-temperature 0.5 1 1.5 2                   # Fig. 6
     python benchmarks/acting.py runs/<run> --num-eval-actions 1 --init-noise-scale 0 0.5 1    # Fig. 7
     python benchmarks/acting.py runs/<run> --critics runs/<other run>    # the other one's critics choose
+    python benchmarks/acting.py policies/hopper-medium --episodes 1 --capture-video           # nothing to train or make
 
 Every combination is evaluated, all seeds from the starts of the run's last evaluation; what is not given is as the run
-had it. Raw returns are added to <run>/acting.csv. Also printed: how far the policy's samples are from their mean at
-states of the data, and how far the data's actions are. A policy that cloned the behaviour well has the two alike.
+had it. Raw returns are added to <run>/acting.csv. Also printed, of a run: how far the policy's samples are from their
+mean at states of the data, and how far the data's actions are. A policy that cloned the behaviour well has the two
+alike.
 """
 
 import sys
@@ -32,8 +34,11 @@ from common.diffusion import Spacing
 from common.harness import Dataset, Evaluator, load_dataset, load_run, setup
 from common.harness.checkpoint import CheckpointError, newest_header
 from common.harness.devices import seed_keys
+from common.harness.environments import check_camera
+from common.harness.flags import check_flags
 from common.harness.recorder import mean_and_deviation
-from common.harness.tasks import normalized_score
+from common.harness.records import Episodes
+from common.harness.tasks import ENVIRONMENTS, Task, normalized_score
 
 ALGORITHMS = [path.stem for path in (Path(__file__).parents[1] / "algorithms").glob("[!_]*.py")]
 SETTINGS = ("num_eval_actions", "policy_temperature", "init_noise_scale", "sampler", "num_solver_calls")
@@ -64,6 +69,8 @@ class Args:
     """the run whose critics choose the actions, in place of the policy's own"""
     episodes: int | None = None
     """episodes of each evaluation, for each seed; by default as many as the run had"""
+    capture_video: bool = False
+    """an MP4 of the first episode of each evaluation, in the run's folder videos/"""
 
 
 class Trained(NamedTuple):
@@ -113,7 +120,8 @@ def variants(run: Trained, args: Args) -> list:
     for name in given:
         if not hasattr(run.args, name):
             raise SystemExit(f"{run.header['algorithm']} has no --{name.replace('_', '-')}.")
-    base = dataclasses.replace(run.args, run_dir=None, eval_episodes=args.episodes or run.args.eval_episodes)
+    of_all = {"eval_episodes": args.episodes or run.args.eval_episodes, "capture_video": args.capture_video}
+    base = dataclasses.replace(run.args, run_dir=None, **of_all)
     combinations = [dict(zip(given, values)) for values in itertools.product(*given.values())]
     try:
         return [dataclasses.replace(base, **combination) for combination in combinations]
@@ -138,25 +146,48 @@ def spread(run: Trained, dataset: Dataset, num_states: int = 256, num_samples: i
     return float(np.sqrt(variance)), float(np.sqrt(max(data_variance, 0)))
 
 
+def task_of(run: Trained, variant) -> Task:
+    """Of a policy in policies/ it is known without its data; of a run they are opened, and made if they are gone."""
+    if "environment" not in run.header:
+        return setup(variant)[1]
+    check_flags(variant)
+    data, environment = run.header["dataset"]["dataset"], ENVIRONMENTS[run.header["environment"]]
+    if variant.capture_video:
+        check_camera(environment)
+    return Task(data.replace("/", "-"), environment, (data,))
+
+
+def describe(run: Trained, task: Task) -> None:
+    """Prints the behaviour's score, and how far samples and data are from the policy's mean action."""
+    dataset, behaviour = load_dataset(task, getattr(run.args, "reward_rule", "none"))
+    if getattr(run.args, "top_fraction", 1) < 1:
+        dataset = run.module.best_episodes(dataset, behaviour, run.args.top_fraction)
+    print(f"  behaviour {behaviour.statistics['behaviour_score']:.1f}, ", end="")
+    print("distance from the policy's mean action: samples {:.3f}, data {:.3f}".format(*spread(run, dataset)))
+
+
+def play(run: Trained, evaluate: Evaluator, variant) -> Episodes:
+    """The episodes that the run's last evaluation began with, played by its policy with the arguments `variant`."""
+    update = run.header["update"]
+    split = lambda key: jax.random.split(jax.random.fold_in(key, update), variant.eval_episodes)
+    keys = jax.vmap(split)(seed_keys(run.seeds, 3)[2])  # as in the run itself
+    return evaluate(lambda obs, keys, step: run.act(obs, keys, step, variant), keys, update)
+
+
 def act_again(folder: Path, args: Args) -> None:
     """Evaluates one run with every combination of the settings."""
     run = open_run(folder)
     if args.critics is not None:
         run = with_critics(run, folder, args.critics)
     todo, update = variants(run, args), run.header["update"]
-    split = lambda key: jax.random.split(jax.random.fold_in(key, update), todo[0].eval_episodes)
-    keys = jax.vmap(split)(seed_keys(run.seeds, 3)[2])  # as in the run itself
     for variant in todo:
-        _, task = setup(variant)
+        task = task_of(run, variant)
+    print(f"{folder}/: {run.header['algorithm']}, update {update}")
+    if "environment" not in run.header:
+        describe(run, task)
 
-    dataset, behaviour = load_dataset(task, getattr(run.args, "reward_rule", "none"))
-    if getattr(run.args, "top_fraction", 1) < 1:
-        dataset = run.module.best_episodes(dataset, behaviour, run.args.top_fraction)
-    score = behaviour.statistics["behaviour_score"]
-    print(f"{folder}/: {run.header['algorithm']}, update {update}; behaviour {score:.1f}")
-    print("  distance from the policy's mean action: samples {:.3f}, data {:.3f}".format(*spread(run, dataset)))
-
-    evaluate = Evaluator(task.environment, run.seeds, todo[0].eval_episodes)
+    videos = folder / "videos" if args.capture_video else None
+    evaluate = Evaluator(task.environment, run.seeds, todo[0].eval_episodes, videos)
     try:
         file = open(folder / "acting.csv", "ab", buffering=0)  # a kill leaves whole evaluations
     except OSError as error:
@@ -164,7 +195,7 @@ def act_again(folder: Path, args: Args) -> None:
     with file:
         heading = ["update", "critics", *SETTINGS, "seed", "episode", "return", "length"]
         for variant in todo:
-            episodes = evaluate(lambda obs, keys, step: run.act(obs, keys, step, variant), keys, update)
+            episodes = play(run, evaluate, variant)
             settings = {name: getattr(variant, name, "") for name in SETTINGS}
             rows = [] if file.tell() else [heading]
             for (i, j), value in np.ndenumerate(episodes.returns):

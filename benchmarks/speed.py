@@ -73,7 +73,7 @@ ENTRIES = {  # by the names that --only takes
 ACTING = ("edp_td3bc", "edp_no_dpm_100", "edp_no_dpm_1000", "td3bc")  # the others act like one of these
 QUICK = ("dql", "edp_td3bc", "edp_iql", "edp_no_dpm_100")
 SHAPE = {"num_seeds": 1, "batch_size": 256, "dataset_size": 100_000}
-GROWTH = {"num_seeds": (1, 2, 4, 8, 16), "batch_size": (512, 1024, 2048), "dataset_size": (10_000, 1_000_000)}
+GROWTH = {"batch_size": (512, 1024, 2048), "dataset_size": (10_000, 1_000_000)}  # and --seeds
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ class Args(Settings):
     """what to measure"""
     only: tuple[str, ...] = tuple(ENTRIES)
     """the algorithms whose updates and acting are measured"""
+    seeds: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """how many in one program, for growth"""
     quick: bool = False
     """fewer algorithms, three short repeats, no growth, results under a name of their own"""
     peers_json: Path | None = None
@@ -177,7 +179,8 @@ def updates(args: Args) -> Iterator[tuple[str, dict]]:
 
 def growth(args: Args) -> Iterator[tuple[str, dict]]:
     print_line("seeds, batch, dataset", "updates/s", "min", "max", "all seeds", "compile s")
-    for shape in (SHAPE | {key: value} for key, values in GROWTH.items() for value in values):
+    grown = {"num_seeds": args.seeds} | GROWTH
+    for shape in (SHAPE | {key: value} for key, values in grown.items() for value in values):
         name = ", ".join(map(str, shape.values()))
         row = measure_updates(ENTRIES["edp_td3bc"], args, **shape)
         print_line(name, *summary(row), row["per_second"] * row["num_seeds"], row["compile_seconds"])

@@ -1,5 +1,6 @@
 """Finished runs, acting again: real tiny runs, evaluated as they were and otherwise, or taken away in a file."""
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import acting
+import cards
 import export
 import jax
 import numpy as np
@@ -19,6 +21,7 @@ from algorithms import bc, edp_td3bc
 from common.harness import Dataset
 from common.harness.checkpoint import save_checkpoint
 from common.harness.records import Episodes
+from common.harness.tasks import ENVIRONMENTS, normalized_score
 
 TINY = {"dataset_id": "test/hopper/random-v0", "num_updates": 2, "eval_episodes": 2, "num_seeds": 2, "seed": 3}
 DIFFUSION = {"num_diffusion_steps": 21, "num_solver_calls": 3, "num_eval_actions": 5}
@@ -141,6 +144,44 @@ def test_an_exported_policy_acts_without_this_repository_as_it_does_in_it(runs, 
     np.testing.assert_allclose(np.load("action.npy"), expected[1], atol=1e-5)
     for other in (expected[0], unstandardised[1]):
         assert np.abs(expected[1] - other).max() > 0.01, "otherwise a mistake would not show"
+
+
+# ------------------------------------------------------------------------------------------------------ kept policies
+
+
+def test_a_kept_policy_acts_without_its_data_and_is_verified_by_its_card(runs, monkeypatch, capsys, exit_sentence):
+    monkeypatch.setattr(cards, "FOLDER", Path("policies").absolute())
+    monkeypatch.setattr(cards, "CARD_EPISODES", 3)
+    run, folder = acting.open_run(runs / "edp"), Path("policies/hopper")
+    cards.keep(cards.Keep(runs / "edp", "hopper"))
+    card = json.loads((folder / "card.json").read_text())
+    returns = {
+        seed: [float(row[2]) for row in returns_of(runs / "edp" / "eval.csv") if row[0] == seed] for seed in "34"
+    }
+    assert card["seed"] == int(min(returns, key=lambda seed: np.mean(returns[seed]))), "the lower of two"
+    assert "--dataset-id test/hopper/random-v0" in card["command"] and "--num-solver-calls 3" in card["command"]
+    for sentence, call in {
+        "hopper/ is there already": cards.Keep(runs / "edp", "hopper"),
+        "has no seed 5": cards.Keep(runs / "edp", "other", seed=5),
+        "no critics": cards.Keep(runs / "bc", "other"),
+    }.items():
+        assert sentence in exit_sentence(lambda call=call: cards.keep(call))
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(Path("nowhere").absolute()))
+    half = lambda leaf: np.float32(np.float16(leaf[card["seed"] - 3, None]))
+    kept = acting.open_run(folder)
+    for name in ("policy", "critics"):
+        expected = jax.tree.map(half, getattr(run.state, name))
+        jax.tree.map(np.testing.assert_array_equal, getattr(kept.state, name), expected)
+    cards.verify(cards.Verify())
+    assert re.search(r"hopper: 3 episodes score ([\d.-]+), on the card \1: within", capsys.readouterr().out)
+    acting.main(acting.Args((folder,), episodes=2))
+    returns = np.array([float(row[2]) for row in returns_of(folder / "acting.csv")])
+    np.testing.assert_allclose(normalized_score(ENVIRONMENTS["Hopper"], returns), card["scores"][:2], rtol=1e-6)
+
+    card["scores"] = [50.0 + score for score in card["scores"]]
+    (folder / "card.json").write_text(json.dumps(card))
+    assert exit_sentence(lambda: cards.verify(cards.Verify(("hopper",)))) == "Not as their cards say: hopper."
 
 
 # ------------------------------------------------------------------------------------------------------- refusals

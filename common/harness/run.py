@@ -318,7 +318,11 @@ def load_run(folder: Path | str, algorithm: ModuleType) -> tuple[Any, Any, dict]
     dims = header["dataset"]["observation_dim"], header["dataset"]["action_dim"]
     init = jax.vmap(lambda seed: algorithm.init_state(jax.random.key(seed), *dims, args))
     like = eqx.filter_eval_shape(init, jax.ShapeDtypeStruct((args.num_seeds,), np.uint32))
+    if kept := header.get("kept"):  # what acts, in half precision: policies/
+        like = like._replace(**dict.fromkeys({*like._fields} - {*kept}))
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float16), like)
     try:
-        return args, read_state(header, stream, like), header
+        state = read_state(header, stream, like)
+        return args, jax.tree.map(lambda leaf: leaf.astype(np.float32), state) if kept else state, header
     except CheckpointError as error:
         raise CheckpointError(f"The checkpoint in {folder}/ cannot be used: {error}") from None

@@ -1,0 +1,137 @@
+"""The trained policies in policies/: kept from finished runs, each with a card, and played again.
+
+    python benchmarks/cards.py verify                                # some episodes of each, beside its card
+    python benchmarks/cards.py keep runs/<run> hopper-medium         # the policy of one seed
+
+A policy is a checkpoint with what acts, the policy and the critics that choose, in half precision (float16). Its card
+has the data, the command, the commit and the returns of a hundred episodes, which that very file was played for.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's common/, whatever is installed
+import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import tyro
+from acting import Trained, open_run, play
+from report import read_run, result_of, sample_of
+from scipy import stats
+
+from common.harness import Evaluator, setup
+from common.harness.checkpoint import save_checkpoint, write_atomically
+from common.harness.tasks import ENVIRONMENTS, Domain, Environment, differences, normalized_score
+
+FOLDER = Path(__file__).resolve().parents[1] / "policies"
+KEPT = ("policy", "critics")  # fields of the training state
+CARD_EPISODES = 100
+VERIFY_STEPS = 5_000  # as many episodes as cannot be longer are played to verify a policy
+SURE = 4.0  # deviations: a policy that is as its card says is found different once in 16,000 times
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Keep the policy of one seed of a finished run, and play it for its card."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of the run"""
+    name: tyro.conf.Positional[str]
+    """of the policy: a folder in policies/"""
+    seed: int | None = None
+    """which of the run's seeds; by default that of the median last score (the lower of two)"""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Play some episodes with each kept policy, and compare them with its card."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """which policies; by default all"""
+
+
+def scores_of(run: Trained, environment: Environment, episodes: int) -> np.ndarray:
+    """(episodes,): the scores of the first so many of the card's episodes."""
+    variant = dataclasses.replace(run.args, eval_episodes=episodes)
+    played = play(run, Evaluator(environment, run.seeds, episodes), variant)
+    return normalized_score(environment, played.returns)[0]
+
+
+def command_of(run: Trained, domain: Domain) -> str:
+    """That trained the run."""
+    task = f"--dataset-id {run.args.dataset_id}" if run.args.dataset_id else f"--env-id {run.args.env_id}"
+    given = [text.split() for text in differences(run.args, domain) if text.endswith("(given)")]
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value, _ in given if name != "dataset_id"]
+    return " ".join([f"python algorithms/{run.header['algorithm']}.py", task, *flags])
+
+
+def keep(args: Keep) -> None:
+    """Exits with one sentence if there is no such run or seed, or it has no critics or an environment of others."""
+    run, folder = open_run(args.run), FOLDER / args.name
+    environment = setup(run.args)[1].environment
+    name = next((name for name, known in ENVIRONMENTS.items() if known == environment), None)
+    last = sample_of(result_of(*read_run(args.run)), {}, "last")
+    seed = run.seeds[np.argsort(last)[(len(last) - 1) // 2]] if args.seed is None else args.seed
+    if seed not in run.seeds or name is None or not {*KEPT} <= {*run.state._fields}:
+        raise SystemExit(f"{args.run}/ has no seed {seed}, no critics, or no environment of common/harness/tasks.py.")
+    if folder.exists():
+        raise SystemExit(f"{folder}/ is there already: choose another name, or move it away.")
+    one = dataclasses.asdict(dataclasses.replace(run.args, seed=int(seed), num_seeds=1, run_dir=None))
+    half = lambda leaf: np.asarray(leaf[run.seeds.index(seed), None], np.float16)
+    kept = {field: jax.tree.map(half, getattr(run.state, field)) for field in KEPT}
+    state = run.state._replace(**dict.fromkeys(run.state._fields) | kept)
+    folder.mkdir(parents=True)
+    save_checkpoint(folder, state, run.header | {"args": one, "kept": KEPT, "environment": name})
+
+    scores = scores_of(open_run(folder), environment, CARD_EPISODES)
+    low, high = stats.bootstrap((scores,), np.mean, method="percentile", rng=0).confidence_interval
+    card = {
+        "command": command_of(run, environment.domain),
+        "commit": run.header["git_commit"],
+        "data": run.header["dataset"],
+        "seed": int(seed),
+        "of_scores": last.tolist(),
+        "score": scores.mean(),
+        "interval": [low, high],
+        "scores": scores.tolist(),
+    }
+    write_atomically(folder / "card.json", lambda file: file.write(json.dumps(card, indent=1).encode() + b"\n"))
+    print(f"{folder}/: seed {seed}, score {card['score']:.1f} [{low:.1f}, {high:.1f}] in {CARD_EPISODES} episodes")
+
+
+def verify(args: Verify) -> None:
+    """Exits with 1 if a policy is not as its card says, by more than its episodes differ from one another.
+
+    The same episodes are played. On the machine of the card they score the same; on another the last digits of the
+    actions differ, and with them the episodes. The mean of k then differs by s sqrt(2 / k) in deviation, with s that
+    of the card's episodes. In a maze s is that of a chance of (successes + 1) / (episodes + 2): no failure in a
+    hundred is not never.
+    """
+    differ, folders = [], [FOLDER / name for name in args.names] or [path.parent for path in FOLDER.glob("*/card.json")]
+    for folder in sorted(folders):
+        run, card = open_run(folder), json.loads((folder / "card.json").read_text())
+        environment = ENVIRONMENTS[run.header["environment"]]
+        expected = np.array(card["scores"])
+        spread = np.append(expected, [0, 100] if environment.sparse else []).std()
+        num = min(max(VERIFY_STEPS // environment.max_steps, 1), CARD_EPISODES)
+        scores = scores_of(run, environment, num)
+        off, allowed = scores.mean() - expected[:num].mean(), SURE * spread * np.sqrt(2 / num)
+        is_off = bool(abs(off) > allowed)
+        differ += [folder.name] * is_off
+        print(
+            f"{folder.name}: {num} episodes score {scores.mean():.1f}, on the card {expected[:num].mean():.1f}: "
+            f"{'differs by more than' if is_off else 'within'} {allowed:.1f}",
+            flush=True,
+        )
+    if differ:
+        raise SystemExit(f"Not as their cards say: {', '.join(differ)}.")
+
+
+if __name__ == "__main__":
+    commands = {"verify": verify, "keep": keep}
+    args = tyro.extras.subcommand_cli_from_dict({"verify": Verify, "keep": Keep})
+    commands[type(args).__name__.lower()](args)
