@@ -27,10 +27,10 @@ def tiny_shapes(monkeypatch, quick_networks):
 
 def test_a_tiny_run_adds_to_the_figures_and_the_chart(tmp_path, tiny_shapes, monkeypatch, capsys):
     monkeypatch.setitem(speed.ENTRIES, "edp_td3bc", speed.Entry("growth's", "bc"))  # with less to compile
-    monkeypatch.setattr(speed, "GROWTH", {"num_seeds": (2,)})
+    monkeypatch.setattr(speed, "GROWTH", {})
     delivered = (BENCHMARKS / "results" / "speed-amd-epyc-2-cores-avx2.json").read_text()
     (tmp_path / "speed-test.json").write_text(delivered)
-    args = speed.Args(only=("td3bc",), results_dir=tmp_path, peers_json=BENCHMARKS / "peers.json", **TINY)
+    args = speed.Args(only=("td3bc",), seeds=(2,), results_dir=tmp_path, peers_json=BENCHMARKS / "peers.json", **TINY)
     speed.main(args)
     before, results = json.loads(delivered), json.loads((tmp_path / "speed-test.json").read_text())
     assert results["updates"].pop("td3bc") != before["updates"].pop("td3bc")

@@ -1,0 +1,186 @@
+"""Every number in docs/results.md and in the README's table of results, computed again from the returns that are kept.
+
+A sentence stands here once more, with a blank for each number. A number of the page that is in none of them, nor in a
+table that is compared, nor a setting of the runs, fails the test.
+"""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pairs
+import pytest
+from report import METRICS, read_runs, summary
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+NINE = {  # rows of the page's table, and columns of the report's
+    "BC": "BC",
+    "10 % BC": "10% BC",
+    "TD3+BC": "TD3+BC",
+    "EDP + TD3+BC": "EDP + TD3+BC",
+    "CRR": "CRR",
+    "EDP + CRR": "EDP + CRR",
+    "IQL": "IQL",
+    "EDP + IQL": "EDP + IQL",
+    "Diffusion-QL": "Diffusion-QL, K = 5",
+}
+PAIRS = [("EDP + CRR", "CRR"), ("EDP + TD3+BC", "TD3+BC"), ("EDP + IQL", "IQL")]
+
+
+@cache
+def runs(folder: str) -> dict:
+    return read_runs(RESULTS / folder)
+
+
+@cache
+def ten_thousand() -> dict[str, dict]:
+    """By dataset and column, the runs of the headline table."""
+    artefact = json.loads((RESULTS / "short-runs" / "artefacts.json").read_text())["ten-thousand"]
+    found = {row["data"]: row["runs"] for row in artefact["rows"]}
+    return {data: {name: runs("short-runs")[run] for name, run in of.items()} for data, of in found.items()}
+
+
+def samples(column: str, metric: str = "last") -> list[np.ndarray]:
+    return [METRICS[metric](of[column].scores) for of in ten_thousand().values()]
+
+
+def at(data: str, column: str, evaluation: int = -1) -> str:
+    return f"{ten_thousand()[data][column].scores[evaluation].mean():.0f}"
+
+
+def without_noise(run: str) -> str:
+    """The score of the last policy, acting without initial noise."""
+    return f"{runs('short-runs')[run].acting[frozenset([('init_noise_scale', '0.0')])].mean():.0f}"
+
+
+def lost(of: list[np.ndarray], last: list[np.ndarray]) -> str:
+    """From the best evaluation to the last, a mean over datasets and seeds."""
+    return f"{np.mean([x - y for x, y in zip(of, last)]):.0f}"
+
+
+def text_of(page: Path) -> str:
+    """What people read as one line a paragraph: without code and without where links lead."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"`[^`]*`", "", re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text))
+    return re.sub(r"(?<!\n)\n(?![\n|]|\d\. |- )\s*", " ", text.replace("**", ""))
+
+
+def expect(page: Path, sentences: list[str], settings: str) -> None:
+    """Every sentence is on the page; outside them, and of tables, every number belongs to one of the settings."""
+    text = text_of(page)
+    for sentence in sentences:
+        assert sentence in text, f"{page.name} does not say: {sentence}"
+        text = text.replace(sentence, "")
+    text = re.sub(r"^ *\|.*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^\d\. ", "", re.sub(settings, "", text), flags=re.MULTILINE)  # nor of lists
+    left = [line for line in text.splitlines() if re.search(r"(?<![A-Za-z])\d", line)]
+    assert not left, f"numbers that nothing computes: {left}"
+
+
+def rows_of(page: Path, heading: str) -> dict[str, list[str]]:
+    """The table whose first line begins so: cells by the name of their row, without bold type."""
+    table = page.read_text().partition(heading)[2].partition("\n\n")[0].replace("**", "")
+    rows = [[cell.strip() for cell in line.strip(" |").split("|")] for line in table.splitlines()[2:]]
+    return {row[0]: row[1:] for row in rows}
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+PAGE = ROOT / "docs" / "results.md"
+SETTINGS = (
+    r"10 % BC|95 %|K = \d+|tau of 0\.05 or 0\.2|temperature of 1/3|[\d,]+ updates|\d+( and \d+)? thousand"
+    r"|batch(es of)? \d+|80 % on umaze|figures 4 to 7 and table 7"
+)
+
+
+def test_the_table_of_results():
+    rows = rows_of(PAGE, "| | hopper<br>medium |")
+    behaviour = [of["BC"].header["dataset"]["behaviour_score"] for of in ten_thousand().values()]
+    assert rows.pop("behaviour") == [f"{score + 1e-9:.0f}" for score in behaviour]  # 54.5 is 55 to people
+    assert list(rows) == list(NINE)
+    for name, (*cells, last) in rows.items():
+        of = samples(NINE[name])
+        assert cells == [f"{x.mean():.0f} ± {x.std(ddof=1):.0f}" for x in of], name
+        assert last == "{iqm:.0f} [{iqm_low:.0f}, {iqm_high:.0f}]".format(**summary(of)), name
+
+
+def test_the_findings():
+    compared = [tuple(map(samples, pair)) for pair in PAIRS]
+    difference = pairs.less(pairs.iqm)
+    iqm, least = [difference(*of) for of in compared], [pairs.without_one(difference, *of) for of in compared]
+    table = rows_of(PAGE, "| EDP less its counterpart |")
+    assert table["interquartile mean"] == [f"{value:.1f}" for value in iqm]
+    assert table["the same, one dataset left out: least to most"] == ["{:.1f} to {:.1f}".format(*of) for of in least]
+    assert table["mean"] == [f"{pairs.less(pairs.mean)(*of):.1f}" for of in compared]
+
+    clear = lambda x, y: np.sign(x.mean() - y.mean()) * (abs(x.mean() - y.mean()) > max(x.std(ddof=1), y.std(ddof=1)))
+    signs = [[clear(x, y) for x, y in zip(*of)] for of in compared]
+    (crr, td3bc, iql), all_of = [[of.count(1), of.count(-1)] for of in signs], np.ravel(signs).tolist()
+    maze = {name: ten_thousand()["pointmaze-medium"][name].scores[0] for pair in PAIRS for name in pair}
+    order = ("EDP + TD3+BC", "EDP + CRR", "EDP + IQL", "TD3+BC", "CRR", "IQL")
+    spread = sorted((of.std(ddof=1) for of in maze.values()), reverse=True)
+    steady = {name: lost(samples(name, "OMS"), samples(name)) for pair in PAIRS for name in pair}
+    dql = NINE["Diffusion-QL"]
+    gpu = json.loads((RESULTS / "speed-nvidia-h200.json").read_text())["updates"]
+    hopper = [runs("h200")[f"hopper-medium-replay/{name}-fast"].scores for name in ("iql", "edp-iql")]
+    umaze = [runs("h200")[f"antmaze-umaze/{name}-fast"].scores[-1].mean() for name in ("edp-iql", "iql", "bc")]
+    behind = np.mean(samples(dql)[4]) - np.mean(samples("EDP + TD3+BC")[4])
+    said = {  # blanks for numbers
+        "raises CRR's interquartile mean by {:.0f} points, all but {:.1f} of them in one maze": (iqm[0], least[0][0]),
+        "costs IQL {:.0f}": (-iqm[2],),
+        "in {} of {} pairs, and behind in {}: with CRR {} and {}, with TD3+BC {} and {}, with IQL {} and {}": (
+            *(all_of.count(1), len(all_of), all_of.count(-1)),
+            *(*crr, *td3bc, *iql),
+        ),
+        "{} to {} over CRR": (at("pointmaze-large", "EDP + CRR"), at("pointmaze-large", "CRR")),
+        "{} to {} over TD3+BC": (at("hopper-medium", "EDP + TD3+BC"), at("hopper-medium", "TD3+BC")),
+        "they score {:.0f}, {:.0f} and {:.0f}, their counterparts {:.0f}, {:.0f} and {:.0f}": [
+            maze[name].mean() for name in order
+        ],
+        "Three seeds spread widely there, by {:.0f} and {:.0f} points at most": spread[:2],
+        "Without the large maze CRR gains {:.1f}": (least[0][0],),
+        "EDP + TD3+BC is {:.1f} lower": (-difference(samples("EDP + TD3+BC"), samples(dql)),),
+        "and {:.0f} behind on pen mixed": (behind,),
+        "ends below the data's own score ({}), Diffusion-QL above ({})": (
+            *(at("pointmaze-medium", name) for name in ("EDP + TD3+BC", dql)),
+        ),
+        "{:.0f} times as many updates a second": (gpu["edp_td3bc"]["per_second"] / gpu["dql"]["per_second"],),
+        "EDP + CRR loses {} points and EDP + IQL {}, CRR and IQL {} each": (
+            *(steady["EDP + CRR"], steady["EDP + IQL"], steady["CRR"]),
+        ),
+        "EDP + TD3+BC loses {}, TD3+BC {}": (steady["EDP + TD3+BC"], steady["TD3+BC"]),
+        "it falls from {} after 2,500 updates to {}": [at("pointmaze-medium", "EDP + TD3+BC", i) for i in (0, -1)],
+        "IQL loses {} points on hopper, EDP + IQL {}": [lost([of.max(axis=0)], [of[-1]]) for of in hopper],
+        "rises on pen mixed from {} to {}": (
+            at("pen-mixed", "EDP + TD3+BC"),
+            without_noise("pen-mixed/edp-td3-bc-fast"),
+        ),
+        "falls in the large maze from {} to {}": (
+            at("pointmaze-large", "EDP + IQL"),
+            without_noise("pointmaze-large/edp-iql-fast"),
+        ),
+        "umaze in {:.0f} % of its episodes: level with IQL ({:.0f}), with cloning ({:.0f})": umaze,
+    }
+    assert steady["CRR"] == steady["IQL"], "which the sentence gives one number"
+    expect(PAGE, [sentence.format(*numbers) for sentence, numbers in said.items()], SETTINGS)
+
+
+def test_the_results_of_the_readme():
+    page, speeds = ROOT / "README.md", {}
+    for name in ("nvidia-h200", "amd-epyc-2-cores-avx2"):
+        speeds[name] = json.loads((RESULTS / f"speed-{name}.json").read_text())["updates"]
+    score = lambda column: "{mean:.0f} ± {deviation:.0f}".format(**summary(samples(column)))
+    rows = rows_of(page, "| | updates/s on one H200 GPU |")
+    entries = {"Diffusion-QL": "dql", "EDP + TD3+BC, with Diffusion-QL's losses": "edp_td3bc", "EDP + CRR": "edp_crr"}
+    assert list(rows) == list(entries)
+    for name, (gpu, cpu, mean) in rows.items():
+        measured = [of[entries[name]]["per_second"] for of in speeds.values()]
+        assert gpu == f"{measured[0]:,.0f}" and float(cpu) == pytest.approx(
+            measured[1], abs=0.5 if measured[1] > 10 else 0.05
+        )
+        assert mean == score(NINE[name.partition(",")[0]])
+    said = f"scores {score('IQL')}. That is level with the best EDP, and above EDP + IQL with {score('EDP + IQL')}"
+    assert said in text_of(page)
