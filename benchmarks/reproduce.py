@@ -34,8 +34,8 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 from minari.storage.datasets_root_dir import get_dataset_path
-from report import PAPER, paper_numbers, write_reports
-from runner import ROOT, Execution, Job, run_all
+from report import PAPER, paper_numbers, read_raw, write_csv, write_reports
+from runner import ROOT, Execution, Job, result_of, run_all
 
 from common.harness.checkpoint import write_atomically
 from common.harness.datasets import resolve_task
@@ -147,6 +147,7 @@ class Args(Execution):
     num_seeds: int = SEEDS  # seeds of each run, trained together
     flags: str = ""  # for all runs: --flags "--preset fast --eval-episodes 5"
     folder: Path = Path("runs/reproduce")  # where runs and reports go
+    kept: Path | None = None  # a folder that report.py --condense made: what finished there is not run again
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -298,6 +299,17 @@ def plan_artefact(name: str, args: Args, jobs: dict[Path, Job]) -> dict[str, Any
     return record | {"rows": rows, "differs": [text for text, holds in differs.items() if holds]}
 
 
+def take_kept(kept: Path, jobs: dict[Path, Job], folder: Path) -> None:
+    """Finished runs go from `kept` to `folder`, and out of `jobs`; not those whose policies are to act again."""
+    for name, (header, returns, _) in read_raw(kept).items():
+        job = jobs.get(folder / name)
+        if job and not job.acting and job.num_updates in result_of(header, returns, []).updates:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            (job.folder / "args.json").write_text(json.dumps(header, indent=2))
+            write_csv(job.folder / "eval.csv", returns)
+            del jobs[job.folder]
+
+
 # ----------------------------------------------------------------------------------------------- what needs no runs
 
 
@@ -359,6 +371,8 @@ def main(args: Args) -> None:
     kept = json.loads(manifest.read_text()) if manifest.exists() else {}
     text = json.dumps(kept | artefacts, indent=1).encode() + b"\n"
     write_atomically(manifest, lambda file: file.write(text))
+    if args.kept is not None:
+        take_kept(args.kept, jobs, args.folder)
     failed = run_all(list(jobs.values()), args)
     write_reports(args.folder, names)
     if failed:

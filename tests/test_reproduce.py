@@ -210,6 +210,24 @@ def test_condensed_runs_hold_every_value_and_give_the_same_report(tmp_path, writ
     assert rows == rows_of(tmp_path / "runs" / "a" / "x" / "eval.csv")
 
 
+def test_finished_runs_that_are_kept_are_taken_and_not_run_again(tmp_path, write_run):
+    write_run("runs/a/x", np.ones((2, 3, 4)))
+    write_run("runs/a/short", np.ones((1, 3, 4)))  # which was stopped at half its updates
+    report.condense(tmp_path / "runs", tmp_path / "kept")
+    of = lambda name: Job(tmp_path / "new" / "a" / name, "bc", (), 20)
+    acts_again, jobs = (
+        of("x")._replace(acting=({"num_eval_actions": 3},)),
+        {of(n).folder: of(n) for n in ("x", "short", "y")},
+    )
+    reproduce.take_kept(tmp_path / "kept", jobs, tmp_path / "new")
+    assert [folder.name for folder in jobs] == ["short", "y"]
+    taken, original = (report.read_runs(tmp_path / name)["a/x"] for name in ("new", "runs"))
+    np.testing.assert_array_equal(taken.scores, original.scores)
+    assert [path.name for path in (tmp_path / "new" / "a").iterdir()] == ["x"]
+    reproduce.take_kept(tmp_path / "kept", jobs := {acts_again.folder: acts_again}, tmp_path / "new")
+    assert jobs, "its policy is needed"
+
+
 def test_published_tables_recompute_from_the_results(tmp_path):
     """Each line of a published table with deviations of the comparison is a line of its report."""
     folder = ROOT / "benchmarks" / "results" / "comparison"
