@@ -124,6 +124,17 @@ def lines_of(rows: list[dict]) -> list[dict[str, str]]:
     return [{heading: form.format(**row) for heading, form in forms.items()} for row in rows]
 
 
+def coverage(means: Sequence[float], deviations: Sequence[float], num_seeds: int, trials: int, rng: int = 0) -> float:
+    """How often the interval of the interquartile mean holds what it estimates, of scores that are normal by dataset."""
+    random, hits, datasets = np.random.default_rng(rng), 0, list(zip(means, deviations))
+    draw = lambda *shape: [random.normal(mean, deviation, (*shape, num_seeds)) for mean, deviation in datasets]
+    expected = iqm(draw(10_000)).mean()
+    for sample in (draw() for _ in range(trials)):
+        drawn = iqm([of[random.integers(num_seeds, size=(RESAMPLES, num_seeds))] for of in sample])
+        hits += np.percentile(drawn, 2.5) <= expected <= np.percentile(drawn, 97.5)
+    return hits / trials
+
+
 def draw(last: dict[str, Scores], policies: dict[str, Scores], groups: Sequence[Sequence[str]]) -> Figure:
     """By algorithm: the share of runs above a score; and the score of the best policy against how many were tried.
 

@@ -36,6 +36,13 @@ def test_estimates_are_those_of_rliable(statistic, value, low, high, resamples):
         assert end == pytest.approx(expected, abs=4 * standard_error)
 
 
+@pytest.mark.parametrize(("num_seeds", "expected"), [(2, 0.5), (200, 0.95)])
+def test_coverage_of_known_intervals(num_seeds, expected):
+    """Of two seeds the interval reaches from one to the other, and holds the mean every second time; of many, 95 %."""
+    found = pairs.coverage([50.0], [3.0], num_seeds, trials=200)
+    assert found == pytest.approx(expected, abs=4 * np.sqrt(expected * (1 - expected) / 200))
+
+
 def test_the_best_of_k_policies_by_trying_all_choices():
     scores = np.array([3.0, -1.0, 4.0, 4.0, 10.0])
     best = [np.mean([max(chosen) for chosen in itertools.combinations(scores, k)]) for k in range(1, 6)]

@@ -184,3 +184,15 @@ def test_the_results_of_the_readme():
         assert mean == score(NINE[name.partition(",")[0]])
     said = f"scores {score('IQL')}. That is level with the best EDP, and above EDP + IQL with {score('EDP + IQL')}"
     assert said in text_of(page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_seeds", [3, 5, 10])
+def test_how_often_intervals_hold_the_truth(num_seeds):
+    """docs/reproduce.md has the range over these algorithms; a rerun is within four standard errors of 300 trials."""
+    page = text_of(ROOT / "docs" / "reproduce.md")
+    low, high = map(float, re.search(rf"with {num_seeds} seeds (\d+) to (\d+) %", page).groups())
+    for column in PAIRS[0] + PAIRS[2]:
+        of = samples(column)
+        found = pairs.coverage([x.mean() for x in of], [x.std(ddof=1) for x in of], num_seeds, trials=300)
+        assert low - 8 < 100 * found < high + 8, column
