@@ -125,7 +125,7 @@ def lines_of(rows: list[dict]) -> list[dict[str, str]]:
 
 
 def coverage(means: Sequence[float], deviations: Sequence[float], num_seeds: int, trials: int, rng: int = 0) -> float:
-    """How often the interval of the interquartile mean holds what it estimates, of scores that are normal by dataset."""
+    """How often the interval of the interquartile mean holds what it estimates; scores are normal in each dataset."""
     random, hits, datasets = np.random.default_rng(rng), 0, list(zip(means, deviations))
     draw = lambda *shape: [random.normal(mean, deviation, (*shape, num_seeds)) for mean, deviation in datasets]
     expected = iqm(draw(10_000)).mean()
