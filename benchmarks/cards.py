@@ -4,7 +4,7 @@
     python benchmarks/cards.py keep runs/<run> hopper-medium         # the policy of one seed
 
 A policy is a checkpoint with what acts, the policy and the critics that choose, in half precision (float16). Its card
-has the data, the command, the commit and the returns of a hundred episodes, which that very file was played for.
+has the data, the command, the commit and the scores of fifty episodes, which that very file was played for.
 """
 
 import sys
@@ -29,7 +29,7 @@ from common.harness.tasks import ENVIRONMENTS, Domain, Environment, differences,
 
 FOLDER = Path(__file__).resolve().parents[1] / "policies"
 KEPT = ("policy", "critics")  # fields of the training state
-CARD_EPISODES = 100
+CARD_EPISODES = 50
 VERIFY_STEPS = 5_000  # as many episodes as cannot be longer are played to verify a policy
 SURE = 4.0  # deviations: a policy that is as its card says is found different once in 16,000 times
 
@@ -108,8 +108,8 @@ def verify(args: Verify) -> None:
 
     The same episodes are played. On the machine of the card they score the same; on another the last digits of the
     actions differ, and with them the episodes. The mean of k then differs by s sqrt(2 / k) in deviation, with s that
-    of the card's episodes. In a maze s is that of a chance of (successes + 1) / (episodes + 2): no failure in a
-    hundred is not never.
+    of the card's episodes. In a maze s is that of a chance of (successes + 1) / (episodes + 2): no failure in
+    fifty is not never.
     """
     differ, folders = [], [FOLDER / name for name in args.names] or [path.parent for path in FOLDER.glob("*/card.json")]
     for folder in sorted(folders):
