@@ -1,4 +1,4 @@
-"""Every number in docs/results.md and in the README's table of results, computed again from the returns that are kept.
+"""Every number in docs/results.md and of the README's results, computed again from the returns that are kept; policies.
 
 A sentence stands here once more, with a blank for each number. A number of the page that is in none of them, nor in a
 table that is compared, nor a setting of the runs, fails the test.
@@ -13,6 +13,9 @@ import numpy as np
 import pairs
 import pytest
 from report import METRICS, read_runs, summary
+
+from common.harness.checkpoint import newest_header
+from common.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -168,6 +171,19 @@ def test_the_findings():
     expect(PAGE, [sentence.format(*numbers) for sentence, numbers in said.items()], SETTINGS)
 
 
+def test_how_many_settings_were_tried():
+    kept = [(name.partition("/")[0], of.header["algorithm"]) for name, of in runs("short-runs").items()]
+    page = ROOT / "docs" / "short-of-compute.md"
+    names = re.search(r"^\| tried \| (.*) \| elsewhere \|$", page.read_text(), flags=re.MULTILINE)[1].split(" | ")
+    for title, (*counts, elsewhere) in rows_of(page, "| tried |").items():
+        algorithm = {"Diffusion-QL": "dql_baseline"}.get(title, title.lower().replace(" + ", "_").replace("+", ""))
+        tried = [sum(data.startswith(name) for data, of in kept if of == algorithm) for name in names]
+        exact = [sum(data == name for data, of in kept if of == algorithm) for name in names[:-1]]
+        assert list(map(int, counts)) == [*exact, tried[-1]], title
+        rest = [data for data, of in kept if of == algorithm and not data.startswith((*names,))]
+        assert elsewhere == "1 each" and len(rest) == len({*rest}) == 3
+
+
 def test_the_results_of_the_readme():
     page, speeds = ROOT / "README.md", {}
     for name in ("nvidia-h200", "amd-epyc-2-cores-avx2"):
@@ -196,3 +212,20 @@ def test_how_often_intervals_hold_the_truth(num_seeds):
         of = samples(column)
         found = pairs.coverage([x.mean() for x in of], [x.std(ddof=1) for x in of], num_seeds, trials=300)
         assert low - 8 < 100 * found < high + 8, column
+
+
+def test_the_policies_that_are_kept():
+    """docs/acting.md has what their cards have; their data are made by command; all fit into ten megabytes."""
+    rows = rows_of(ROOT / "docs" / "acting.md", "| policy |")
+    folders = [path.parent for path in sorted((ROOT / "policies").glob("*/card.json"))]
+    assert sorted(rows) == [f"`{folder.name}`" for folder in folders]
+    assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < 10e6
+    for folder in folders:
+        card, (header, _) = json.loads((folder / "card.json").read_text()), newest_header(folder)
+        algorithm, data, behaviour, score = rows[f"`{folder.name}`"]
+        assert algorithm == f"`{header['algorithm']}`" and data == f"`{card['data']['dataset']}`"
+        assert card["data"] == header["dataset"] and card["data"]["crc32"] == RECIPES[card["data"]["dataset"]].crc32
+        assert behaviour == f"{card['data']['behaviour_score']:.0f}"
+        assert np.mean(card["scores"]) == pytest.approx(card["score"])
+        assert score == "{:.0f} [{:.0f}, {:.0f}]".format(card["score"], *card["interval"])
+        assert header["git_commit"] == card["commit"] and "dirty" not in card["commit"]
