@@ -54,6 +54,9 @@ class Verify:
     """which policies; by default all"""
 
 
+Args = Verify | Keep
+
+
 def scores_of(run: Trained, environment: Environment, episodes: int) -> np.ndarray:
     """(episodes,): the scores of the first so many of the card's episodes."""
     variant = dataclasses.replace(run.args, eval_episodes=episodes)
@@ -132,6 +135,5 @@ def verify(args: Verify) -> None:
 
 
 if __name__ == "__main__":
-    commands = {"verify": verify, "keep": keep}
-    args = tyro.extras.subcommand_cli_from_dict({"verify": Verify, "keep": Keep})
-    commands[type(args).__name__.lower()](args)
+    args = tyro.cli(Args)
+    keep(args) if isinstance(args, Keep) else verify(args)
