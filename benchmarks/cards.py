@@ -109,10 +109,10 @@ def keep(args: Keep) -> None:
 def verify(args: Verify) -> None:
     """Exits with 1 if a policy is not as its card says, by more than its episodes differ from one another.
 
-    The same episodes are played. On the machine of the card they score the same; on another the last digits of the
-    actions differ, and with them the episodes. The mean of k then differs by s sqrt(2 / k) in deviation, with s that
-    of the card's episodes. In a maze s is that of a chance of (successes + 1) / (episodes + 2): no failure in
-    fifty is not never.
+    The same episodes are played. But the last digits of the actions depend on the machine and on how many are played
+    together, and with them the episodes. The means of k then differ by s sqrt(2 / k) in deviation, with s that of the
+    card's episodes. In a maze s is that of a chance of (successes + 1) / (episodes + 2): no failure in fifty is not
+    never.
     """
     differ, folders = [], [FOLDER / name for name in args.names] or [path.parent for path in FOLDER.glob("*/card.json")]
     for folder in sorted(folders):
