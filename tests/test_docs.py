@@ -114,6 +114,7 @@ def test_the_first_pages_can_be_followed_in_one_folder(tmp_path, made_pointmaze)
     """All commands of their blocks, in order, those that train with fewer updates; then the Python of the page."""
     for name in ("algorithms", "benchmarks", "common", "minimal"):
         (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "policies", tmp_path / "policies")
     shutil.copytree(made_pointmaze, tmp_path / "minari")
     env = {"HOME": str(tmp_path), "MINARI_DATASETS_PATH": str(tmp_path / "minari"), "PYTHONPATH": str(tmp_path)}
     env = os.environ | env | {"XLA_FLAGS": ""}  # the programs are those that people run
