@@ -75,9 +75,11 @@ def command_of(run: Trained, domain: Domain) -> str:
 def keep(args: Keep) -> None:
     """Exits with one sentence if there is no such run or seed, or it has no critics or an environment of others."""
     run, folder = open_run(args.run), FOLDER / args.name
+    finished = (args.run / "args.json").exists() and result_of(*read_run(args.run))
+    if not finished or (last := sample_of(finished, {}, "last")) is None:
+        raise SystemExit(f"{args.run}/ is no run that was evaluated after its last update; --resume goes on with one.")
     environment = setup(run.args)[1].environment
     name = next((name for name, known in ENVIRONMENTS.items() if known == environment), None)
-    last = sample_of(result_of(*read_run(args.run)), {}, "last")
     seed = run.seeds[np.argsort(last)[(len(last) - 1) // 2]] if args.seed is None else args.seed
     if seed not in run.seeds or name is None or not {*KEPT} <= {*run.state._fields}:
         raise SystemExit(f"{args.run}/ has no seed {seed}, no critics, or no environment of common/harness/tasks.py.")
@@ -116,7 +118,10 @@ def verify(args: Verify) -> None:
     """
     differ, folders = [], [FOLDER / name for name in args.names] or [path.parent for path in FOLDER.glob("*/card.json")]
     for folder in sorted(folders):
-        run, card = open_run(folder), json.loads((folder / "card.json").read_text())
+        run = open_run(folder)
+        if not (folder / "card.json").exists():
+            raise SystemExit(f"{folder}/ has no card.json: `cards.py keep` was stopped before it was written.")
+        card = json.loads((folder / "card.json").read_text())
         environment = ENVIRONMENTS[run.header["environment"]]
         expected = np.array(card["scores"])
         spread = np.append(expected, [0, 100] if environment.sparse else []).std()

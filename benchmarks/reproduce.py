@@ -300,7 +300,12 @@ def plan_artefact(name: str, args: Args, jobs: dict[Path, Job]) -> dict[str, Any
 
 
 def take_kept(kept: Path, jobs: dict[Path, Job], folder: Path) -> None:
-    """Finished runs go from `kept` to `folder`, and out of `jobs`; not those whose policies are to act again."""
+    """Finished runs go from `kept` to `folder`, and out of `jobs`; not those whose policies are to act again.
+
+    Exits if no runs are kept there.
+    """
+    if not (kept / "runs.json").exists():
+        raise SystemExit(f"--kept {kept}: there is no runs.json in it, which report.py --condense writes.")
     for name, (header, returns, _) in read_raw(kept).items():
         job = jobs.get(folder / name)
         if job and not job.acting and job.num_updates in result_of(header, returns, []).updates:

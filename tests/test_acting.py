@@ -164,6 +164,7 @@ def test_a_kept_policy_acts_without_its_data_and_is_verified_by_its_card(runs, m
         "hopper/ is there already": cards.Keep(runs / "edp", "hopper"),
         "has no seed 5": cards.Keep(runs / "edp", "other", seed=5),
         "no critics": cards.Keep(runs / "bc", "other"),
+        "is no run that was evaluated": cards.Keep(folder, "other"),
     }.items():
         assert sentence in exit_sentence(lambda call=call: cards.keep(call))
 
@@ -182,6 +183,8 @@ def test_a_kept_policy_acts_without_its_data_and_is_verified_by_its_card(runs, m
     card["scores"] = [50.0 + score for score in card["scores"]]
     (folder / "card.json").write_text(json.dumps(card))
     assert exit_sentence(lambda: cards.verify(cards.Verify(("hopper",)))) == "Not as their cards say: hopper."
+    (folder / "card.json").unlink()
+    assert "has no card.json" in exit_sentence(lambda: cards.verify(cards.Verify(("hopper",))))
 
 
 # ------------------------------------------------------------------------------------------------------- refusals

@@ -210,7 +210,7 @@ def test_condensed_runs_hold_every_value_and_give_the_same_report(tmp_path, writ
     assert rows == rows_of(tmp_path / "runs" / "a" / "x" / "eval.csv")
 
 
-def test_finished_runs_that_are_kept_are_taken_and_not_run_again(tmp_path, write_run):
+def test_finished_runs_that_are_kept_are_taken_and_not_run_again(tmp_path, write_run, exit_sentence):
     write_run("runs/a/x", np.ones((2, 3, 4)))
     write_run("runs/a/short", np.ones((1, 3, 4)))  # which was stopped at half its updates
     report.condense(tmp_path / "runs", tmp_path / "kept")
@@ -226,6 +226,7 @@ def test_finished_runs_that_are_kept_are_taken_and_not_run_again(tmp_path, write
     assert [path.name for path in (tmp_path / "new" / "a").iterdir()] == ["x"]
     reproduce.take_kept(tmp_path / "kept", jobs := {acts_again.folder: acts_again}, tmp_path / "new")
     assert jobs, "its policy is needed"
+    assert "there is no runs.json" in exit_sentence(reproduce.take_kept, tmp_path / "nowhere", jobs, tmp_path)
 
 
 def test_published_tables_recompute_from_the_results(tmp_path):
