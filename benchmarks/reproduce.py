@@ -233,7 +233,7 @@ def plan(flags: str, of_all: str, data: Data, args: Args) -> Job:
     versions = {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
     decides = [algorithm, settings, task.env_id, data_digest(source), versions, jax_settings(), code_digest(algorithm)]
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
-    folder = args.folder / slug(data.name) / f"{slug(flags)}-{key}"
+    folder = args.folder / slug(data.name) / f"{slug(algorithm)}-{key}"  # not of the flags: some say a default
     return Job(folder, algorithm, tuple(own), resolved.num_updates)
 
 

@@ -282,6 +282,7 @@ def test_the_key_changes_with_all_that_decides_the_numbers_and_with_nothing_else
     job = plan(tmp_path)
     assert plan(tmp_path, on="ray", jobs=2, watch=True).folder == job.folder
     assert plan(tmp_path, flags=f"{FLAGS} --track").folder == job.folder
+    assert plan(tmp_path, "bc --top-fraction 1").folder == job.folder, "a default that is said"
     others = [plan(tmp_path, flags=f"{FLAGS} --batch-size 9"), plan(tmp_path, scale=2)]
     others.append(plan(tmp_path, "bc --top-fraction 0.1"))
     (pointmaze_datasets / "edp/pointmaze/umaze-v0/data/more").write_text("other data")
