@@ -74,6 +74,8 @@ def command_of(run: Trained, domain: Domain) -> str:
 
 def keep(args: Keep) -> None:
     """Exits with one sentence if there is no such run or seed, or it has no critics or an environment of others."""
+    if Path(args.name).name != args.name:
+        raise SystemExit(f"The name {args.name!r} must be that of a folder in {FOLDER.name}/.")
     run, folder = open_run(args.run), FOLDER / args.name
     finished = (args.run / "args.json").exists() and result_of(*read_run(args.run))
     if not finished or (last := sample_of(finished, {}, "last")) is None:

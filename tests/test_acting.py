@@ -165,8 +165,12 @@ def test_a_kept_policy_acts_without_its_data_and_is_verified_by_its_card(runs, m
         "has no seed 5": cards.Keep(runs / "edp", "other", seed=5),
         "no critics": cards.Keep(runs / "bc", "other"),
         "is no run that was evaluated": cards.Keep(folder, "other"),
+        "must be that of a folder in policies/": cards.Keep(runs / "edp", "../other"),
     }.items():
         assert sentence in exit_sentence(lambda call=call: cards.keep(call))
+    files = sorted(folder.iterdir())
+    assert "not what training needs" in exit_sentence(lambda: edp_td3bc.train(edp_td3bc.Args(resume=str(folder))))
+    assert sorted(folder.iterdir()) == files
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(Path("nowhere").absolute()))
     half = lambda leaf: np.float32(np.float16(leaf[card["seed"] - 3, None]))

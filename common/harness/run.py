@@ -286,7 +286,10 @@ def resumed(args):
     if args.resume is None:
         return args
     try:
-        saved = saved_args(newest_header(Path(args.resume).expanduser())[0], type(args))
+        header, _ = newest_header(Path(args.resume).expanduser())
+        if "kept" in header:
+            raise CheckpointError("it holds what acts, not what training needs; benchmarks/acting.py plays it")
+        saved = saved_args(header, type(args))
     except CheckpointError as error:
         raise SystemExit(f"Cannot resume {args.resume}: {error}.") from None
     fields = dataclasses.fields(args)
