@@ -135,21 +135,20 @@ def coverage(means: Sequence[float], deviations: Sequence[float], num_seeds: int
     return hits / trials
 
 
-def draw(last: dict[str, Scores], policies: dict[str, Scores], groups: Sequence[Sequence[str]]) -> Figure:
-    """By algorithm: the share of runs above a score; and the score of the best policy against how many were tried.
+def draw(last: dict[Sequence[str], Sequence[Scores]], policies: dict[Sequence[str], Sequence[Scores]]) -> Figure:
+    """By pair: the share of runs above a score; and the score of the best policy against how many were tried.
 
-    `last` has the last scores of each dataset; `policies` those of all evaluations, (evaluations * seeds,).
+    `last` has the last scores of both of a pair, `policies` those of all evaluations, (evaluations * seeds,).
     """
-    figure = Figure(figsize=(2.4 * len(groups), 4.4), layout="constrained")
-    axes = figure.subplots(2, len(groups), sharey="row", squeeze=False)
+    figure = Figure(figsize=(2.4 * len(last), 4.4), layout="constrained")
+    axes = figure.subplots(2, len(last), sharey="row", squeeze=False)
     thresholds = np.linspace(0, 120, 241)
-    for column, group in enumerate(groups):
-        for i, name in enumerate(group):
-            num = min(len(of) for of in policies[name])
-            best = np.mean([expected_online_performance(of)[:num] for of in policies[name]], axis=0)
+    for column, pair in enumerate(last):
+        for i, (name, scores, tried) in enumerate(zip(pair, last[pair], policies[pair])):
+            best = [expected_online_performance(of)[: min(map(len, tried))] for of in tried]
             style = {"color": f"C{i}", "linestyle": "-" if name.startswith("EDP") else "--", "label": name}
-            axes[0, column].plot(thresholds, profile(last[name], thresholds), **style)
-            axes[1, column].plot(np.arange(1, num + 1), best, **style)
+            axes[0, column].plot(thresholds, profile(scores, thresholds), **style)
+            axes[1, column].plot(np.arange(1, len(best[0]) + 1), np.mean(best, axis=0), **style)
         axes[0, column].legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8, frameon=False)
         axes[0, column].set_xlabel("score", fontsize=8)
         axes[1, column].set_xlabel("policies tried", fontsize=8)

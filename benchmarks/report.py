@@ -276,7 +276,7 @@ def draw_curves(artefact: dict, runs: dict[str, Result], behaviour: dict[str, fl
             ax.axhline(np.mean(of_data), color="gray", linestyle=":", linewidth=1)
         ax.tick_params(labelsize=7)
         ax.locator_params(nbins=4)
-        if row == 0:
+        if row == 0 and ax.get_legend_handles_labels()[1]:
             ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8, frameon=False, borderpad=0.1)
         if row == len(rows) - 1 or unit != rows[row + 1][1]:
             ax.set_xlabel(unit, fontsize=8)
@@ -389,17 +389,22 @@ def write_alone(folder: Path, name: str, artefact: dict, cells: list[dict], runs
 
 
 def write_pairs(folder: Path, name: str, artefact: dict, runs: dict[str, Result]) -> list[str]:
-    """Writes <name>-pairs.csv and .png, of the datasets for which all runs are there; returns the Markdown."""
-    found = [[runs.get(run) for run in row["runs"].values()] for row in artefact["rows"]]
-    found = [of for of in found if all(sample_of(run, {}, "last") is not None for run in of)]
-    if not found or min(len(run.scores[-1]) for of in found for run in of) < 2:
+    """Writes <name>-pairs.csv and .png, of each pair on the datasets where both are there; returns the Markdown.
+
+    They need two datasets, of which one is left out, and two seeds.
+    """
+    found = {}
+    for pair in artefact["pairs"]:
+        both = [[runs.get(row["runs"][column]) for column in pair] for row in artefact["rows"]]
+        both = [of for of in both if all(np.size(sample_of(run, {}, "last")) > 1 for run in of)]  # not None
+        found |= {tuple(pair): [*zip(*both)]} if len(both) > 1 else {}
+    if not found:
         return []
-    by_column = dict(zip(artefact["columns"], zip(*found)))
-    last = {column: [run.scores[-1] for run in of] for column, of in by_column.items()}
-    policies = {column: [run.scores.ravel() for run in of] for column, of in by_column.items()}
-    rows = pairs.rows_of({(a, b): (last[a], last[b]) for a, b in artefact["pairs"]})
+    last = {pair: [[run.scores[-1] for run in of] for of in both] for pair, both in found.items()}
+    policies = {pair: [[run.scores.ravel() for run in of] for of in both] for pair, both in found.items()}
+    rows = pairs.rows_of(last)
     write_csv(folder / f"{name}-pairs.csv", rows)
-    pairs.draw(last, policies, artefact["pairs"]).savefig(folder / f"{name}-pairs.png", dpi=150)
+    pairs.draw(last, policies).savefig(folder / f"{name}-pairs.png", dpi=150)
     picture = f"![share of runs above a score; expected score of the best of some policies]({name}-pairs.png)"
     return ["Differences of the last scores:", markdown(pairs.lines_of(rows)), picture]
 

@@ -125,7 +125,11 @@ def test_pairs_of_columns_are_compared(tmp_path, write_run):
         write_run(f"{data}-b", np.stack([of_seeds, of_seeds]), reference=(0.0, 100.0))
         runs = {"EDP + IQL": f"{data}-a", "IQL": f"{data}-b"}
         rows.append({"data": data, "task": None, "runs": runs, "differs": []})
-    artefact = artefact_of(*rows, columns={"EDP + IQL": {}, "IQL": {}}, pairs=[["EDP + IQL", "IQL"]])
+    rows.append(rows[0] | {"data": "unfinished", "runs": {"EDP + IQL": "some-data-a", "IQL": "not there"}})
+    columns = {"EDP + IQL": {}, "IQL": {}, "CRR": {}}
+    for row in rows:
+        row["runs"]["CRR"] = "not there either"
+    artefact = artefact_of(*rows, columns=columns, pairs=[["EDP + IQL", "IQL"], ["EDP + IQL", "CRR"]])
     text = report.write_report(tmp_path, "t", artefact, report.read_runs(tmp_path))
     (row,) = rows_of(tmp_path / "t-pairs.csv")
     assert [float(row[name]) for name in ("mean", "mean_least", "mean_most")] == [20, 0, 40]
