@@ -101,6 +101,12 @@ def sample_of(run: Result | None, settings: dict, metric: str) -> np.ndarray | N
     return METRICS[metric](run.scores) if run.header["args"]["num_updates"] in run.updates else None
 
 
+def scores_of(run: Result | None, settings: dict) -> np.ndarray | None:
+    """Scores (evaluations, seeds) of a finished run; with settings of acting, of its last policy alone."""
+    last = sample_of(run, settings, "last")
+    return last if last is None else last[None] if settings else run.scores
+
+
 def summary(samples: list[np.ndarray]) -> dict[str, float | None]:
     """Of scores (seeds,) of some tasks: mean and deviation over seeds of the mean over tasks; interquartile mean with
     its 95 % interval, from a bootstrap that draws seeds anew within each task (Agarwal et al. 2021)."""
@@ -395,13 +401,14 @@ def write_pairs(folder: Path, name: str, artefact: dict, runs: dict[str, Result]
     """
     found = {}
     for pair in artefact["pairs"]:
-        both = [[runs.get(row["runs"][column]) for column in pair] for row in artefact["rows"]]
-        both = [of for of in both if all(np.size(sample_of(run, {}, "last")) > 1 for run in of)]  # not None
+        specs = [(column, artefact["columns"][column].get("acting", {})) for column in pair]
+        both = [[scores_of(runs.get(row["runs"][name]), acting) for name, acting in specs] for row in artefact["rows"]]
+        both = [of for of in both if all(scores is not None and scores.shape[1] > 1 for scores in of)]
         found |= {tuple(pair): [*zip(*both)]} if len(both) > 1 else {}
     if not found:
         return []
-    last = {pair: [[run.scores[-1] for run in of] for of in both] for pair, both in found.items()}
-    policies = {pair: [[run.scores.ravel() for run in of] for of in both] for pair, both in found.items()}
+    last = {pair: [[scores[-1] for scores in of] for of in both] for pair, both in found.items()}
+    policies = {pair: [[scores.ravel() for scores in of] for of in both] for pair, both in found.items()}
     rows = pairs.rows_of(last)
     write_csv(folder / f"{name}-pairs.csv", rows)
     pairs.draw(last, policies).savefig(folder / f"{name}-pairs.png", dpi=150)

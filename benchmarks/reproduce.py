@@ -35,7 +35,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 from minari.storage.datasets_root_dir import get_dataset_path
 from report import PAPER, paper_numbers, read_raw, write_csv, write_reports
-from runner import ROOT, Execution, Job, result_of, run_all
+from runner import ROOT, Execution, Job, not_acted, result_of, run_all
 
 from common.harness.checkpoint import write_atomically
 from common.harness.datasets import resolve_task
@@ -94,14 +94,14 @@ SHORT = {"flags": "--preset fast --seed 10 --num-updates 10000 --eval-every 2500
 SHORT["data"] = ("edp/hopper/medium-v1", "edp/halfcheetah/medium-v1", "edp/halfcheetah/medium-replay-v1")
 SHORT["data"] += ("edp/pen/expert-v1", "pointmaze-large", "edp/antmaze/umaze-play-v1")
 PAIRS = tuple((f"EDP + {name}", name) for name in ("TD3+BC", "CRR", "IQL"))
+MOVES = "--policy-every 1 --policy-target-start 1000 --policy-target-every 5"  # as EDP + TD3+BC moves its policies
 MATCHED = {  # alike but for the policy: candidates, weight of the guidance, temperature, the wait of the target policy
-    "TD3+BC": "td3bc --num-eval-actions 10 --alpha 1 --policy-every 1 "
-    "--policy-target-start 1000 --policy-target-every 5",
-    "EDP + TD3+BC": "edp_td3bc --eta 1",
-    "CRR": "crr --num-eval-actions 10",
-    "EDP + CRR": "edp_crr --eta 1",
-    "IQL": "iql --num-eval-actions 10 --temperature 1",
-    "EDP + IQL": "edp_iql --eta 1",
+    "TD3+BC": {"flags": f"td3bc --num-eval-actions 10 --alpha 1 {MOVES}"},
+    "EDP + TD3+BC": {"flags": "edp_td3bc --eta 1"},
+    "CRR": {"flags": "crr", "acting": {"num_eval_actions": 10}},  # its training is as published
+    "EDP + CRR": {"flags": "edp_crr --eta 1"},
+    "IQL": {"flags": "iql --num-eval-actions 10 --temperature 1"},
+    "EDP + IQL": {"flags": "edp_iql --eta 1"},
 }
 EDP, DQL, TWO = "EDP + TD3+BC", "Diffusion-QL, K = 100", ("RAT", "OMS")
 EAS = columns(EDP, "TD3+BC") | {"TD3+BC with EAS": {"flags": "td3bc", "acting": {"num_eval_actions": 10}}}
@@ -127,7 +127,7 @@ ARTEFACTS = {
     ),
     "matched": Artefact(
         "EDP and its counterparts with the same settings",
-        columns={name: {"flags": flags} for name, flags in MATCHED.items()},
+        columns=MATCHED,
         pairs=PAIRS,
         **SHORT,
     ),
@@ -300,18 +300,19 @@ def plan_artefact(name: str, args: Args, jobs: dict[Path, Job]) -> dict[str, Any
 
 
 def take_kept(kept: Path, jobs: dict[Path, Job], folder: Path) -> None:
-    """Finished runs go from `kept` to `folder`, and out of `jobs`; not those whose policies are to act again.
+    """Finished runs go from `kept` to `folder`, and out of `jobs`; not those whose policies have to act once more.
 
     Exits if no runs are kept there.
     """
     if not (kept / "runs.json").exists():
         raise SystemExit(f"--kept {kept}: there is no runs.json in it, which report.py --condense writes.")
-    for name, (header, returns, _) in read_raw(kept).items():
-        job = jobs.get(folder / name)
-        if job and not job.acting and job.num_updates in result_of(header, returns, []).updates:
+    for name, (header, *rows) in read_raw(kept).items():
+        job, run = jobs.get(folder / name), result_of(header, *rows)
+        if job and job.num_updates in run.updates and not not_acted(job, run):
             job.folder.mkdir(parents=True, exist_ok=True)
             (job.folder / "args.json").write_text(json.dumps(header, indent=2))
-            write_csv(job.folder / "eval.csv", returns)
+            for file, of in zip(("eval.csv", "acting.csv"), rows):
+                write_csv(job.folder / file, of)
             del jobs[job.folder]
 
 

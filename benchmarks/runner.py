@@ -114,6 +114,12 @@ def other_settings(args: dict, settings: dict) -> frozenset[tuple[str, str]]:
     return frozenset((name, str(value)) for name, value in settings.items() if str(value) != str(args.get(name, "")))
 
 
+def not_acted(job: Job, run: Result) -> list[dict[str, Any]]:
+    """The settings of acting that a job's run has not been evaluated with."""
+    there = {frozenset(), *run.acting}  # its own settings are those of its training
+    return [each for each in job.acting if other_settings(run.header["args"], each) not in there]
+
+
 def next_command(job: Job) -> list[str] | None:
     """What is to be done next of a job; None if nothing is."""
     script, checkpoints = [str(ROOT / "algorithms" / f"{job.algorithm}.py")], job.folder.glob("checkpoint-*.eqx")
@@ -122,9 +128,7 @@ def next_command(job: Job) -> list[str] | None:
     run = result_of(*read_run(job.folder))
     if f"checkpoint-{job.num_updates}.eqx" not in names or job.num_updates not in run.updates:
         return [*script, "--resume", str(job.folder)]
-    there = {frozenset(), *run.acting}  # its own settings are those of its training
-    missing = [each for each in job.acting if other_settings(run.header["args"], each) not in there]
-    if not missing:
+    if not (missing := not_acted(job, run)):
         return None
     missing = [each for each in missing if each.keys() == missing[0].keys()]  # acting.py combines their values
     values = {name: dict.fromkeys(str(each[name]) for each in missing) for name in missing[0]}

@@ -122,16 +122,16 @@ def test_pairs_of_columns_are_compared(tmp_path, write_run):
     for data, lead in {"some-data": 40.0, "other-data": 0.0}.items():
         of_seeds = np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]])
         write_run(f"{data}-a", np.stack([of_seeds, of_seeds + lead]), reference=(0.0, 100.0))
-        write_run(f"{data}-b", np.stack([of_seeds, of_seeds]), reference=(0.0, 100.0))
-        runs = {"EDP + IQL": f"{data}-a", "IQL": f"{data}-b"}
+        acting = [(3, seed, j, seed + 10) for seed, j in np.ndindex(*of_seeds.shape)]
+        write_run(f"{data}-b", np.stack([of_seeds, of_seeds]), reference=(0.0, 100.0), acting=acting)
+        runs = {"EDP + IQL": f"{data}-a", "IQL": f"{data}-b", "N = 3": f"{data}-b", "CRR": "not there"}
         rows.append({"data": data, "task": None, "runs": runs, "differs": []})
-    rows.append(rows[0] | {"data": "unfinished", "runs": {"EDP + IQL": "some-data-a", "IQL": "not there"}})
-    columns = {"EDP + IQL": {}, "IQL": {}, "CRR": {}}
-    for row in rows:
-        row["runs"]["CRR"] = "not there either"
-    artefact = artefact_of(*rows, columns=columns, pairs=[["EDP + IQL", "IQL"], ["EDP + IQL", "CRR"]])
+    rows.append(rows[0] | {"data": "unfinished", "runs": rows[0]["runs"] | {"IQL": "not there", "N = 3": "not there"}})
+    columns = {name: {} for name in rows[0]["runs"]} | {"N = 3": {"acting": {"num_eval_actions": 3}}}
+    artefact = artefact_of(*rows, columns=columns, pairs=[["EDP + IQL", name] for name in ("IQL", "N = 3", "CRR")])
     text = report.write_report(tmp_path, "t", artefact, report.read_runs(tmp_path))
-    (row,) = rows_of(tmp_path / "t-pairs.csv")
+    row, acting_with_three = rows_of(tmp_path / "t-pairs.csv")
+    assert [float(acting_with_three[name]) for name in ("mean", "mean_least", "mean_most")] == [10, -10, 30]
     assert [float(row[name]) for name in ("mean", "mean_least", "mean_most")] == [20, 0, 40]
     assert (row["improvement"], row["ahead"], row["behind"]) == ("0.75", "1", "0")
     assert "| EDP + IQL less IQL |" in text and "| 0.0 to 40.0 |" in text and "| 1, 0 of 2 |" in text
@@ -215,18 +215,19 @@ def test_condensed_runs_hold_every_value_and_give_the_same_report(tmp_path, writ
 
 
 def test_finished_runs_that_are_kept_are_taken_and_not_run_again(tmp_path, write_run, exit_sentence):
-    write_run("runs/a/x", np.ones((2, 3, 4)))
+    acting = [(3, seed, j, 0.5) for seed in range(3) for j in range(4)]
+    write_run("runs/a/x", np.ones((2, 3, 4)), acting=acting)
     write_run("runs/a/short", np.ones((1, 3, 4)))  # which was stopped at half its updates
     report.condense(tmp_path / "runs", tmp_path / "kept")
     of = lambda name: Job(tmp_path / "new" / "a" / name, "bc", (), 20)
-    acts_again, jobs = (
-        of("x")._replace(acting=({"num_eval_actions": 3},)),
-        {of(n).folder: of(n) for n in ("x", "short", "y")},
-    )
+    acted, acts_again = (of("x")._replace(acting=({"num_eval_actions": number},)) for number in (3, 4))
+    jobs = {of(name).folder: of(name) for name in ("short", "y")} | {acted.folder: acted}
     reproduce.take_kept(tmp_path / "kept", jobs, tmp_path / "new")
     assert [folder.name for folder in jobs] == ["short", "y"]
     taken, original = (report.read_runs(tmp_path / name)["a/x"] for name in ("new", "runs"))
     np.testing.assert_array_equal(taken.scores, original.scores)
+    ((settings, scores),) = taken.acting.items()
+    np.testing.assert_array_equal(scores, original.acting[settings])
     assert [path.name for path in (tmp_path / "new" / "a").iterdir()] == ["x"]
     reproduce.take_kept(tmp_path / "kept", jobs := {acts_again.folder: acts_again}, tmp_path / "new")
     assert jobs, "its policy is needed"
