@@ -87,6 +87,9 @@ class Args:
     tau: UnitInterval[float] = 0.005  # Polyak rate of the targets; preset fast: 0.2
     critic_layer_norm: bool = False  # layer normalisation in the value networks (RLPD, ReBRAC); preset fast: True
 
+    policy_ema: UnitInterval[float] = 0.0  # acting averages the policy's weights with this decay; 0: its last ones
+    policy_updates: Positive[int] = 1  # of the policy for one of the critics
+
     # Diffusion
     num_diffusion_steps: Positive[int] = 1000  # K; in bandit, for DDPM, 5 with --beta-schedule vp
     beta_schedule: ScheduleName = "linear"  # noise schedule; "vp" for few steps
@@ -112,6 +115,7 @@ class Args:
 # ------------------------------------------------------------------------------------------------------- state
 class TrainState(NamedTuple):
     policy: NoisePredictor
+    average: NoisePredictor
     policy_opt: optax.OptState
     critics: Critic
     critics_opt: optax.OptState
@@ -134,7 +138,7 @@ def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> Tra
     policy_opt, critics_opt = policy_optimizer.init(policy), optimizer.init(critics)
     target_critics = jax.tree.map(jnp.copy, critics)  # copied: donated buffers must differ
     target_policy = jax.tree.map(jnp.copy, policy)
-    return TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
+    return TrainState(policy, jax.tree.map(jnp.copy, policy), policy_opt, critics, critics_opt, target_critics, target_policy)
 
 
 # --------------------------------------------------------------------------------------------- diffusion policy
@@ -238,16 +242,23 @@ def train_step(state: TrainState, update: Int[Array, ""], key: PRNGKeyArray, dat
     critics = optax.apply_updates(state.critics, updates)
 
     # Update the policy
-    grads, policy_metrics = jax.grad(policy_loss, has_aux=True)(state.policy, critics, batch, policy_key, args)
-    updates, policy_opt = policy_optimizer.update(grads, state.policy_opt)
-    policy = optax.apply_updates(state.policy, updates)
+    policy, policy_opt = state.policy, state.policy_opt
+    for number in range(args.policy_updates):
+        if number:
+            policy_key = jax.random.fold_in(policy_key, number)
+            index = jax.random.randint(policy_key, (args.batch_size,), 0, len(dataset.reward))
+            batch = jax.tree.map(lambda array: array[index], dataset)
+        grads, policy_metrics = jax.grad(policy_loss, has_aux=True)(policy, critics, batch, policy_key, args)
+        updates, policy_opt = policy_optimizer.update(grads, policy_opt)
+        policy = optax.apply_updates(policy, updates)
 
     # Move the targets
     target_critics = optax.incremental_update(critics, state.target_critics, args.tau)
     policy_moves = (update > args.policy_target_start) & (update % args.policy_target_every == 0)
     target_policy = optax.incremental_update(policy, state.target_policy, jnp.where(policy_moves, args.tau, 0.0))
 
-    state = TrainState(policy, policy_opt, critics, critics_opt, target_critics, target_policy)
+    average = optax.incremental_update(policy, state.average, 1 - args.policy_ema)
+    state = TrainState(policy, average, policy_opt, critics, critics_opt, target_critics, target_policy)
     return state, critic_metrics | policy_metrics
 
 
@@ -266,7 +277,7 @@ def select_action(
     """Alg. 2, at a step of an episode: one of N actions of the policy, with probability ~ exp(min_i Q_i(s, a))."""
     sample_key, choice_key = jax.random.split(jax.random.fold_in(key, step))
     candidate_obs = jnp.tile(obs, (args.num_eval_actions, 1))
-    action = sample_action(state.policy, candidate_obs, sample_key, args, acting=True)
+    action = sample_action(state.average, candidate_obs, sample_key, args, acting=True)
     q = twin_q(state.critics, candidate_obs, action).min(axis=0)
     return action[jax.random.categorical(choice_key, q)]
 
