@@ -91,6 +91,7 @@ class Args:
 
     policy_ema: UnitInterval[float] = 0.0  # acting averages the policy's weights with this decay; 0: its last ones
     policy_updates: Positive[int] = 1  # of the policy for one of the critics
+    climb: NonNegative[float] = 0.0  # weight of the guidance of edp_td3bc.py, in place of weighted imitation
 
     # Diffusion
     num_diffusion_steps: Positive[int] = 1000  # K; in bandit, for DDPM, 5 with --beta-schedule vp
@@ -218,13 +219,20 @@ def advantage_weight(value: Value, target_critics: Critic, batch: Dataset, args:
 
 
 def policy_loss(
-    policy: NoisePredictor, weight: Float[Array, " batch"], batch: Dataset, key: PRNGKeyArray, args: Args
+    policy: NoisePredictor, critics: Critic, weight: Float[Array, " batch"], batch: Dataset, key: PRNGKeyArray, args: Args
 ) -> Loss:
     """Eq. 13 and 20: L_diff + eta mean f(s, a) |a - a-hat^0|^2 / 2 (D10, D27)."""
     diffusion, corruption = diffusion_loss(policy, batch, key, args)
     action = approximate_action(corruption, args)
-    guidance = jnp.mean(jax.lax.stop_gradient(weight) * jnp.sum((batch.action - action) ** 2, axis=1) / 2)
-    loss = diffusion + args.eta * guidance
+    if args.climb:
+        index = jax.random.randint(jax.random.fold_in(key, 3), (), 0, 2)
+        critic = jax.tree.map(lambda leaf: leaf[index], critics)
+        q = jax.vmap(critic)(batch.obs, action)
+        guidance = -jnp.mean(q) / jax.lax.stop_gradient(jnp.mean(jnp.abs(q)))
+        loss = diffusion + args.climb * guidance
+    else:
+        guidance = jnp.mean(jax.lax.stop_gradient(weight) * jnp.sum((batch.action - action) ** 2, axis=1) / 2)
+        loss = diffusion + args.eta * guidance
     metrics = {"policy_loss": loss, "diffusion_loss": diffusion, "guidance_loss": guidance}
     metrics |= {"weight": weight.mean()}
     return loss, metrics | {"clipped": jnp.mean(jnp.abs(action) == 1)}
@@ -259,7 +267,7 @@ def train_step(state: TrainState, update: Int[Array, ""], key: PRNGKeyArray, dat
             index = jax.random.randint(policy_key, (args.batch_size,), 0, len(dataset.reward))
             batch = jax.tree.map(lambda array: array[index], dataset)
         weight = advantage_weight(value, state.target_critics, batch, args)
-        grads, policy_metrics = jax.grad(policy_loss, has_aux=True)(policy, weight, batch, policy_key, args)
+        grads, policy_metrics = jax.grad(policy_loss, has_aux=True)(policy, critics, weight, batch, policy_key, args)
         updates, policy_opt = policy_optimizer.update(grads, policy_opt)
         policy = optax.apply_updates(policy, updates)
 
