@@ -76,6 +76,7 @@ class Args:
     eval_episodes: NonNegative[int] | None = None
     """episodes of each evaluation, for each seed: 10; in mazes and bandit 100, in OGBench 50, in logs 0 (diagnosed)"""
     num_eval_actions: Positive[int] = 10  # N of energy-based action selection (Alg. 2); 1 is plain sampling
+    average_best: NonNegative[int] = 0  # act by the mean of so many of the N, those with the largest Q; 0: by Alg. 2
     policy_temperature: NonNegative[float] = 1.0  # scales the predicted noise when acting (C.4)
     init_noise_scale: NonNegative[float] = 1.0  # scales the initial noise a^K when acting (C.4)
 
@@ -286,6 +287,8 @@ def select_action(
     candidate_obs = jnp.tile(obs, (args.num_eval_actions, 1))
     action = sample_action(state.policy, candidate_obs, sample_key, args, acting=True)
     q = twin_q(state.critics, candidate_obs, action).min(axis=0)
+    if args.average_best:  # SfBC (Chen et al., 2023); 1 is the largest Q alone
+        return action[jnp.argsort(-q)[: args.average_best]].mean(axis=0)
     return action[jax.random.categorical(choice_key, q)]
 
 

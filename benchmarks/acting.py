@@ -1,6 +1,7 @@
 """How a trained policy acts: finished runs, evaluated again with other settings of acting.
 
     python benchmarks/acting.py runs/<run> --num-eval-actions 1 10 50 200                     # Fig. 4 of the paper
+    python benchmarks/acting.py runs/<run> --num-eval-actions 32 --average-best 1 4           # of the best, of four
     python benchmarks/acting.py runs/<run> --num-solver-calls 3 6 9 15 30                     # Fig. 5
     python benchmarks/acting.py runs/<run> --policy-temperature 0.5 1 1.5 2                   # Fig. 6
     python benchmarks/acting.py runs/<run> --num-eval-actions 1 --init-noise-scale 0 0.5 1    # Fig. 7
@@ -41,7 +42,7 @@ from common.harness.records import Episodes
 from common.harness.tasks import ENVIRONMENTS, Task, normalized_score
 
 ALGORITHMS = [path.stem for path in (Path(__file__).parents[1] / "algorithms").glob("[!_]*.py")]
-SETTINGS = ("num_eval_actions", "policy_temperature", "init_noise_scale", "sampler", "num_solver_calls")
+SETTINGS = ("num_eval_actions", "average_best", "policy_temperature", "init_noise_scale", "sampler", "num_solver_calls")
 SETTINGS += ("solver_order", "solver_spacing")
 
 
@@ -53,6 +54,8 @@ class Args:
     """folders of runs"""
     num_eval_actions: tuple[int, ...] = ()
     """N of energy-based action selection (Alg. 2)"""
+    average_best: tuple[int, ...] = ()
+    """act by the mean of so many of the N, those with the largest Q"""
     policy_temperature: tuple[float, ...] = ()
     """scales the predicted noise (C.4)"""
     init_noise_scale: tuple[float, ...] = ()

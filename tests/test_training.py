@@ -404,6 +404,17 @@ def test_an_action_is_selected_with_probability_proportional_to_exp_of_the_small
     assert min(max(deviation(other)) for other in others) > 15  # beyond the bounds, which are narrow enough to tell
 
 
+def test_the_mean_of_the_best_candidates_acts():
+    """`average_best`: the mean of those of the N with the largest min(Q_1, Q_2); of one, it is the best of them."""
+    (state, obs, keys), args = acting(), make_args(edp_td3bc, num_eval_actions=6)
+    options, q = (np.asarray(array) for array in candidates(edp_td3bc, state, obs, keys, 4, 6, args, True))
+    rank = np.argsort(np.argsort(-q.min(axis=2), axis=2), axis=2)[..., None]
+    for best in (1, 4, 6):
+        expected = np.where(rank < best, options, 0).sum(axis=2) / best
+        action = edp_td3bc.act(state, obs, keys, 4, dataclasses.replace(args, average_best=best))
+        np.testing.assert_allclose(action, expected, **CLOSE)
+
+
 def test_temperature_and_noise_scale_control_the_sampler_when_acting():
     """C.4: a temperature is an output layer scaled; without initial noise the observation alone decides."""
     (state, obs, keys), args = acting(), make_args(edp_td3bc)
