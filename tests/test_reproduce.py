@@ -144,7 +144,7 @@ def test_our_own_tables_have_flags_that_are_accepted(pointmaze_datasets, tmp_pat
     (data,) = reproduce.find_data(("pointmaze-umaze",), ())
     args, artefact = reproduce.Args(artefacts=(name,), folder=tmp_path), reproduce.ARTEFACTS[name]
     jobs = [reproduce.plan(spec["flags"], artefact.flags, data, args) for spec in artefact.columns.values()]
-    assert {job.num_updates for job in jobs} == {10_000} 
+    assert {job.num_updates for job in jobs} == {10_000}
     assert len({job.folder for job in jobs}) == len({spec["flags"] for spec in artefact.columns.values()})
     assert all("--seed 10 " in " ".join(job.flags) for job in jobs)
 
