@@ -365,8 +365,9 @@ def write_report(folder: Path, name: str, artefact: dict, runs: dict[str, Result
         rows, behaviour = cells_of(artefact, runs), behaviour_scores(artefact, runs)
         parts += tables(artefact, rows, behaviour)
         names = {run: None for row in artefact["rows"] for run in row["runs"].values()}
-        unfinished = [run for run in names if sample_of(runs.get(run), {}, "last") is None]
-        parts += [f"Without {', '.join(unfinished)}: not run, or not to the end."] if unfinished else []
+        finished = sum(sample_of(runs.get(run), {}, "last") is not None for run in names)
+        if finished < len(names):
+            parts.append(f"{finished} of {len(names)} runs are finished; the others have no numbers.")
     write_csv(folder / f"{name}.csv", rows)
     if kind == "speeds":
         draw_speed(rows, picture)
