@@ -92,7 +92,7 @@ class Args:
     top_fraction: UnitInterval[float] = 1.0
     """share of the episodes that is cloned, those with the largest returns: 0.1 for "10% BC" (D25)"""
 
-    def __post_init__(self):  # an impossible diffusion raises ValueError
+    def __post_init__(self):  # what is impossible raises ValueError
         make_schedule(self.beta_schedule, self.num_diffusion_steps)
         solver_orders(self.num_solver_calls, self.solver_order)
 

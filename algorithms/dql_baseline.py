@@ -103,9 +103,11 @@ class Args:
     policy_target_start: NonNegative[int] = 1000  # updates before the target policy moves, as in Diffusion-QL's code
     policy_target_every: Positive[int] = 5  # updates between its moves from then on, as there
 
-    def __post_init__(self):  # an impossible diffusion raises ValueError
+    def __post_init__(self):  # what is impossible raises ValueError
         make_schedule(self.beta_schedule, self.num_diffusion_steps)
         solver_orders(self.num_solver_calls, self.solver_order)
+        if self.average_best > self.num_eval_actions:
+            raise ValueError(f"--average-best {self.average_best} of --num-eval-actions {self.num_eval_actions}")
 
 
 # ------------------------------------------------------------------------------------------------------- state

@@ -110,9 +110,11 @@ class Args:
     num_advantage_actions: Positive[int] = 10  # N of Eq. 21
     likelihood: Literal["mse", "elbo"] = "mse"  # log pi: a Gaussian around a-hat^0 (Eq. 13), or the ELBO (Eq. 12)
 
-    def __post_init__(self):  # an impossible diffusion raises ValueError
+    def __post_init__(self):  # what is impossible raises ValueError
         make_schedule(self.beta_schedule, self.num_diffusion_steps)
         solver_orders(self.num_solver_calls, self.solver_order)
+        if self.average_best > self.num_eval_actions:
+            raise ValueError(f"--average-best {self.average_best} of --num-eval-actions {self.num_eval_actions}")
 
 
 # ------------------------------------------------------------------------------------------------------- state

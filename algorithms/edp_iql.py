@@ -105,9 +105,11 @@ class Args:
     expectile: UnitInterval[float] | None = None  # tau of Eq. 22: 0.7; in mazes, bandit and OGBench 0.9
     temperature: Positive[float] = 1.0  # divides the advantage in the weight (beta of Eq. 20)
 
-    def __post_init__(self):  # an impossible diffusion raises ValueError
+    def __post_init__(self):  # what is impossible raises ValueError
         make_schedule(self.beta_schedule, self.num_diffusion_steps)
         solver_orders(self.num_solver_calls, self.solver_order)
+        if self.average_best > self.num_eval_actions:
+            raise ValueError(f"--average-best {self.average_best} of --num-eval-actions {self.num_eval_actions}")
 
 
 # ------------------------------------------------------------------------------------------------------- state

@@ -105,9 +105,11 @@ class Args:
     policy_target_every: Positive[int] = 5  # updates between its moves from then on, as there
     action_approx: bool = True  # guide the approximated action (Eq. 9), not one that the whole sampler draws
 
-    def __post_init__(self):  # an impossible diffusion raises ValueError
+    def __post_init__(self):  # what is impossible raises ValueError
         make_schedule(self.beta_schedule, self.num_diffusion_steps)
         solver_orders(self.num_solver_calls, self.solver_order)
+        if self.average_best > self.num_eval_actions:
+            raise ValueError(f"--average-best {self.average_best} of --num-eval-actions {self.num_eval_actions}")
 
 
 # ------------------------------------------------------------------------------------------------------- state

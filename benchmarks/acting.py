@@ -129,7 +129,7 @@ def variants(run: Trained, args: Args) -> list:
     try:
         return [dataclasses.replace(base, **combination) for combination in combinations]
     except ValueError as error:
-        raise SystemExit(f"Impossible diffusion: {error}.") from None
+        raise SystemExit(f"Impossible settings: {error}.") from None
 
 
 def spread(run: Trained, dataset: Dataset, num_states: int = 256, num_samples: int = 32) -> tuple[float, float]:
@@ -137,7 +137,8 @@ def spread(run: Trained, dataset: Dataset, num_states: int = 256, num_samples: i
 
     Of all action dimensions and seeds, in units of the normalised action; neither is biased by the number of samples.
     """
-    args = dataclasses.replace(run.args, num_eval_actions=1) if hasattr(run.args, "num_eval_actions") else run.args
+    plain = {"num_eval_actions": 1, "average_best": 0}
+    args = dataclasses.replace(run.args, **{name: plain[name] for name in plain if hasattr(run.args, name)})
     index = np.random.default_rng(0).integers(0, len(dataset.reward), num_states)
     obs = np.repeat(dataset.obs[index], num_samples, axis=0)
     keys = jax.random.split(jax.random.key(0), (len(run.seeds), len(obs)))

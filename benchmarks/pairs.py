@@ -6,6 +6,7 @@ datasets and draws each algorithm's seeds anew within each (Agarwal et al. 2021,
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -67,7 +68,7 @@ def verdicts(pairs: Sequence[tuple[Scores, Scores]], level: float = 0.05) -> lis
     Where the seeds of neither algorithm differ, the means decide.
     """
     flat = [(x, y) for ours, theirs in pairs for x, y in zip(ours, theirs)]
-    with np.errstate(all="ignore"):
+    with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):  # of seeds that hardly differ
         p = [float(x.mean() == y.mean()) if x.std() + y.std() == 0 else welch(x, y) for x, y in flat]
     order, rejected = np.argsort(p), np.zeros(len(p), bool)
     for rank, i in enumerate(order):

@@ -207,7 +207,8 @@ def test_what_cannot_be_done_gets_one_sentence_and_writes_nothing(runs, monkeypa
     cases = {
         "There is no run in .*nothing/": acting_of(nothing),
         "bc has no --num-eval-actions.": acting_of(bc_run, num_eval_actions=(3,)),
-        "Impossible diffusion: .* order 3": acting_of(edp, num_solver_calls=(1,)),
+        "Impossible settings: .* order 3": acting_of(edp, num_solver_calls=(1,)),
+        "Impossible settings: --average-best 6 of --num-eval-actions 5": acting_of(edp, average_best=(6,)),
         "--init-noise-scale must be 0 or more": acting_of(edp, init_noise_scale=(1.0, -1.0)),
         "--episodes must be positive, but is 0.": acting_of(edp, episodes=0),
         "The critics of .*bc/ do not fit .*edp/": acting_of(edp, critics=bc_run),

@@ -190,7 +190,7 @@ def test_no_number_may_be_negative_or_infinite_and_no_count_0(algorithm, exit_se
         values = [-1] if int in kinds else [-0.1, np.inf, np.nan] if float in kinds else []
         values += [0] if name.startswith(("num_", "eval_every", "batch_")) else []
         for value in values:
-            with contextlib.suppress(ValueError):  # an impossible diffusion
+            with contextlib.suppress(ValueError):  # what is impossible together
                 flag = "--" + name.replace("_", "-")
                 assert flag in exit_sentence(check_flags, args_class(**{name: value}))
     check_flags(args_class(num_updates=1, seed=0))
