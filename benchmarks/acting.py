@@ -9,9 +9,9 @@
     python benchmarks/acting.py policies/hopper-medium --episodes 1 --capture-video           # nothing to train or make
 
 Every combination is evaluated, all seeds from the starts of the run's last evaluation; what is not given is as the run
-had it. Raw returns are added to <run>/acting.csv. Also printed, of a run: how far the policy's samples are from their
-mean at states of the data, and how far the data's actions are. A policy that cloned the behaviour well has the two
-alike.
+had it. Raw returns are added to <run>/acting.csv after each evaluation. Also printed, of a run: how far the policy's
+samples are from their mean at states of the data, and how far the data's actions are. A policy that cloned the
+behaviour well has the two alike.
 """
 
 import sys
@@ -19,10 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's common/, whatever is installed
 import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
-import csv
 import dataclasses
 import importlib
-import io
 import itertools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -30,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 import tyro
+from report import read_csv, write_csv
 
 from common.diffusion import Spacing
 from common.harness import Dataset, Evaluator, load_dataset, load_run, setup
@@ -73,7 +72,9 @@ class Args:
     episodes: int | None = None
     """episodes of each evaluation, for each seed; by default as many as the run had"""
     capture_video: bool = False
-    """an MP4 of the first episode of each evaluation, in the run's folder videos/"""
+    """an MP4 of the first episode of each evaluation, in the run's folder videos/<settings>/"""
+    trust: str = ""
+    """packages, a,b,..., whose code the data may run as their environment, as in training"""
 
 
 class Trained(NamedTuple):
@@ -110,10 +111,13 @@ def open_run(folder: Path) -> Trained:
 
 def with_critics(run: Trained, folder: Path, other: Path) -> Trained:
     """The run of `folder` with the critics of `other`; exits if they do not fit."""
-    critics = getattr(open_run(other).state, "critics", None)
+    theirs = open_run(other)
+    critics = getattr(theirs.state, "critics", None)
     shapes = lambda tree: [leaf.shape for leaf in jax.tree.leaves(tree)]
     if critics is None or shapes(critics) != shapes(getattr(run.state, "critics", None)):
         raise SystemExit(f"The critics of {other}/ do not fit {folder}/: other shapes or seeds, or none.")
+    if theirs.header["normalization"] != run.header["normalization"]:
+        raise SystemExit(f"The critics of {other}/ do not fit {folder}/: they see observations on another scale.")
     return run._replace(state=run.state._replace(critics=critics))
 
 
@@ -124,6 +128,9 @@ def variants(run: Trained, args: Args) -> list:
         if not hasattr(run.args, name):
             raise SystemExit(f"{run.header['algorithm']} has no --{name.replace('_', '-')}.")
     of_all = {"eval_episodes": args.episodes or run.args.eval_episodes, "capture_video": args.capture_video}
+    of_all["trust"] = args.trust
+    if not of_all["eval_episodes"]:
+        raise SystemExit(f"The run of {run.header['algorithm']} was trained without evaluations: add --episodes.")
     base = dataclasses.replace(run.args, run_dir=None, **of_all)
     combinations = [dict(zip(given, values)) for values in itertools.product(*given.values())]
     try:
@@ -190,26 +197,25 @@ def act_again(folder: Path, args: Args) -> None:
     if "environment" not in run.header:
         describe(run, task)
 
-    videos = folder / "videos" if args.capture_video else None
-    evaluate = Evaluator(task.environment, run.seeds, todo[0].eval_episodes, videos)
+    file = folder / "acting.csv"
     try:
-        file = open(folder / "acting.csv", "ab", buffering=0)  # a kill leaves whole evaluations
+        file.open("ab").close()  # before the first evaluation is played
     except OSError as error:
-        raise SystemExit(f"Cannot write to {folder}/acting.csv: {error.strerror}.") from None
-    with file:
-        heading = ["update", "critics", *SETTINGS, "seed", "episode", "return", "length"]
-        for variant in todo:
-            episodes = play(run, evaluate, variant)
-            settings = {name: getattr(variant, name, "") for name in SETTINGS}
-            rows = [] if file.tell() else [heading]
-            for (i, j), value in np.ndenumerate(episodes.returns):
-                row = [*settings.values(), run.seeds[i], j, repr(float(value)), episodes.lengths[i, j]]
-                rows.append([update, args.critics or "", *row])
-            csv.writer(text := io.StringIO(), lineterminator="\n").writerows(rows)
-            file.write(text.getvalue().encode())
-            shown = ", ".join(f"{name} {value}" for name, value in settings.items() if getattr(args, name))
-            scores = normalized_score(task.environment, episodes.returns).mean(axis=1)
-            print(f"  {shown or 'as in the run'}: {mean_and_deviation(scores)}", flush=True)
+        raise SystemExit(f"Cannot write to {file}: {error.strerror}.") from None
+    evaluate = Evaluator(task.environment, run.seeds, todo[0].eval_episodes)
+    for variant in todo:
+        settings = {name: getattr(variant, name, "") for name in SETTINGS}
+        shown = ", ".join(f"{name} {value}" for name, value in settings.items() if getattr(args, name))
+        if args.capture_video:
+            videos = folder / "videos" / (shown or "as in the run").replace(", ", "_").replace(" ", "-")
+            evaluate = Evaluator(task.environment, run.seeds, variant.eval_episodes, videos)
+        episodes, rows = play(run, evaluate, variant), read_csv(file)
+        for (i, j), value in np.ndenumerate(episodes.returns):
+            row = {"update": update, "critics": args.critics or "", **settings, "seed": run.seeds[i], "episode": j}
+            rows.append(row | {"return": repr(float(value)), "length": episodes.lengths[i, j]})
+        write_csv(file, rows)
+        scores = normalized_score(task.environment, episodes.returns).mean(axis=1)
+        print(f"  {shown or 'as in the run'}: {mean_and_deviation(scores)}", flush=True)
 
 
 def main(args: Args) -> None:
@@ -218,10 +224,7 @@ def main(args: Args) -> None:
     if args.episodes is not None and args.episodes < 1:
         raise SystemExit(f"--episodes must be positive, but is {args.episodes}.")
     for folder in args.runs:
-        try:
-            act_again(folder, args)
-        except KeyboardInterrupt:
-            raise SystemExit("Stopped; finished evaluations are in the runs' acting.csv.") from None
+        act_again(folder, args)
 
 
 if __name__ == "__main__":

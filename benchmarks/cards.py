@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository'
 import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass
 
 import jax
@@ -25,9 +26,10 @@ from scipy import stats
 
 from common.harness import Evaluator, setup
 from common.harness.checkpoint import save_checkpoint, write_atomically
-from common.harness.tasks import ENVIRONMENTS, Domain, Environment, differences, normalized_score
+from common.harness.tasks import ENVIRONMENTS, Domain, Environment, normalized_score, with_domain_defaults
 
 FOLDER = Path(__file__).resolve().parents[1] / "policies"
+OF_ONE_MACHINE = {"run_dir", "resume", "checkpoint_every", "track", "capture_video", "trust", "exp_name"}
 KEPT = ("policy", "critics")  # fields of the training state
 CARD_EPISODES = 50
 VERIFY_STEPS = 5_000  # as many episodes as cannot be longer are played to verify a policy
@@ -65,11 +67,16 @@ def scores_of(run: Trained, environment: Environment, episodes: int) -> np.ndarr
 
 
 def command_of(run: Trained, domain: Domain) -> str:
-    """That trained the run."""
-    task = f"--dataset-id {run.args.dataset_id}" if run.args.dataset_id else f"--env-id {run.args.env_id}"
-    given = [text.split() for text in differences(run.args, domain) if text.endswith("(given)")]
-    flags = [f"--{name.replace('_', '-')} {value}" for name, value, _ in given if name != "dataset_id"]
-    return " ".join([f"python algorithms/{run.header['algorithm']}.py", task, *flags])
+    """That trains the same: the data, the preset, and what it would not be with these alone."""
+    always = {name: getattr(run.args, name) for name in ("env_id", "preset", "num_updates", "eval_every")}
+    usual = vars(with_domain_defaults(type(run.args)(**always), domain))
+    given = {name: value for name, value in vars(run.args).items() if value != usual[name] or name in always}
+    words = ["python", f"algorithms/{run.header['algorithm']}.py"]
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        if name not in OF_ONE_MACHINE and not (name == "env_id" and run.args.dataset_id):
+            words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", f"{value}"]
+    return shlex.join(words)
 
 
 def keep(args: Keep) -> None:
@@ -91,13 +98,14 @@ def keep(args: Keep) -> None:
     half = lambda leaf: np.asarray(leaf[run.seeds.index(seed), None], np.float16)
     kept = {field: jax.tree.map(half, getattr(run.state, field)) for field in KEPT}
     state = run.state._replace(**dict.fromkeys(run.state._fields) | kept)
+    command = command_of(run, environment.domain)
     folder.mkdir(parents=True)
     save_checkpoint(folder, state, run.header | {"args": one, "kept": KEPT, "environment": name})
 
     scores = scores_of(open_run(folder), environment, CARD_EPISODES)
     low, high = stats.bootstrap((scores,), np.mean, method="percentile", rng=0).confidence_interval
     card = {
-        "command": command_of(run, environment.domain),
+        "command": command,
         "commit": run.header["git_commit"],
         "data": run.header["dataset"],
         "seed": int(seed),

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's common/, whatever is installed
 import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 import csv
+import io
 import itertools
 import json
 import shutil
@@ -30,6 +31,7 @@ from matplotlib.figure import Figure
 from runner import Result, other_settings, read_csv, read_run, result_of
 from scipy import stats
 
+from common.harness.checkpoint import write_atomically
 from common.harness.recorder import RAT_WINDOW, mean_and_deviation
 from common.harness.tasks import TASKS
 
@@ -76,11 +78,13 @@ def condense(folder: Path, into: Path) -> None:
 
 
 def write_csv(file: Path, rows: list[dict]) -> None:
+    """In place of what is there, all at once; a row may lack columns that another has."""
     if rows:
-        with open(file, "w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(itertools.chain(*rows))), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(file, lambda stream: stream.write(text.getvalue().encode()))
 
 
 def paper_numbers(source: str, column: str, field: str | None) -> dict[str, str]:
@@ -253,7 +257,7 @@ def draw_curves(artefact: dict, runs: dict[str, Result], behaviour: dict[str, fl
     rows = [(line, "updates") for line in lines]
     if len(lines) == 1 and any("seconds" in spec for spec in artefact["columns"].values()):
         rows.append((lines[0], "processor seconds"))
-    groups = groups_of(artefact["columns"])
+    groups = groups_of([name for name, spec in artefact["columns"].items() if "acting" not in spec])
     chunks = -(-len(groups) // 4)  # at most four panels side by side
     width = -(-len(groups) // chunks)
     size = max(4.5, min(7.4, 2.4 * width)), chunks * (0.35 + 1.75 * len(rows))
@@ -364,10 +368,11 @@ def write_report(folder: Path, name: str, artefact: dict, runs: dict[str, Result
     else:
         rows, behaviour = cells_of(artefact, runs), behaviour_scores(artefact, runs)
         parts += tables(artefact, rows, behaviour)
-        names = {run: None for row in artefact["rows"] for run in row["runs"].values()}
-        finished = sum(sample_of(runs.get(run), {}, "last") is not None for run in names)
-        if finished < len(names):
-            parts.append(f"{finished} of {len(names)} runs are finished; the others have no numbers.")
+        columns = [(name, spec.get("acting", {})) for name, spec in artefact["columns"].items()]
+        cells = [(runs.get(row["runs"][name]), acting) for row in artefact["rows"] for name, acting in columns]
+        finished = sum(sample_of(*cell, "last") is not None for cell in cells)
+        if finished < len(cells):
+            parts.append(f"{finished} of {len(cells)} cells are finished; the others have no numbers.")
     write_csv(folder / f"{name}.csv", rows)
     if kind == "speeds":
         draw_speed(rows, picture)

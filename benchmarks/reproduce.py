@@ -307,7 +307,8 @@ def plan_artefact(name: str, args: Args, jobs: dict[Path, Job]) -> dict[str, Any
 
 
 def take_kept(kept: Path, jobs: dict[Path, Job], folder: Path) -> None:
-    """Finished runs go from `kept` to `folder`, and out of `jobs`; not those whose policies have to act once more.
+    """Finished runs go from `kept` to `folder`, and out of `jobs`; not those whose policies have to act once more, nor
+    those that `folder` has with checkpoints.
 
     Exits if no runs are kept there.
     """
@@ -315,7 +316,7 @@ def take_kept(kept: Path, jobs: dict[Path, Job], folder: Path) -> None:
         raise SystemExit(f"--kept {kept}: there is no runs.json in it, which report.py --condense writes.")
     for name, (header, *rows) in read_raw(kept).items():
         job, run = jobs.get(folder / name), result_of(header, *rows)
-        if job and job.num_updates in run.updates and not not_acted(job, run):
+        if job and job.num_updates in run.updates and not not_acted(job, run) and not [*job.folder.glob("*.eqx")]:
             job.folder.mkdir(parents=True, exist_ok=True)
             (job.folder / "args.json").write_text(json.dumps(header, indent=2))
             for file, of in zip(("eval.csv", "acting.csv"), rows):
@@ -371,7 +372,8 @@ def main(args: Args) -> None:
         raise SystemExit(f"--flags cannot be split into words: {error}.") from None
     jobs: dict[Path, Job] = {}
     of_paper = [name for name, artefact in ARTEFACTS.items() if not artefact.pairs]
-    names = of_paper if "all" in args.artefacts else dict.fromkeys(args.artefacts)
+    named = [of_paper if name == "all" else [name] for name in args.artefacts]
+    names = dict.fromkeys(itertools.chain(*named))
     artefacts = {name: plan_artefact(name, args, jobs) for name in names}
     try:
         args.folder.mkdir(parents=True, exist_ok=True)

@@ -123,7 +123,8 @@ def not_acted(job: Job, run: Result) -> list[dict[str, Any]]:
 def next_command(job: Job) -> list[str] | None:
     """What is to be done next of a job; None if nothing is."""
     script, checkpoints = [str(ROOT / "algorithms" / f"{job.algorithm}.py")], job.folder.glob("checkpoint-*.eqx")
-    if not (names := {file.name for file in checkpoints}):
+    names = {file.name for file in checkpoints}
+    if not names or not (job.folder / "args.json").exists():  # which is written after the first checkpoint
         return [*script, *job.flags, "--run-dir", str(job.folder)]
     run = result_of(*read_run(job.folder))
     if f"checkpoint-{job.num_updates}.eqx" not in names or job.num_updates not in run.updates:

@@ -1,8 +1,10 @@
 """Finished runs, acting again: real tiny runs, evaluated as they were and otherwise, or taken away in a file."""
 
+import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,13 +17,15 @@ import export
 import jax
 import numpy as np
 import pytest
+import report
 from helpers import quickly, record_hopper, rows_of
 
 from algorithms import bc, edp_td3bc
 from common.harness import Dataset
 from common.harness.checkpoint import save_checkpoint
+from common.harness.flags import cli
 from common.harness.records import Episodes
-from common.harness.tasks import ENVIRONMENTS, normalized_score
+from common.harness.tasks import ENVIRONMENTS, LOCOMOTION, normalized_score, with_domain_defaults
 
 TINY = {"dataset_id": "test/hopper/random-v0", "num_updates": 2, "eval_episodes": 2, "num_seeds": 2, "seed": 3}
 DIFFUSION = {"num_diffusion_steps": 21, "num_solver_calls": 3, "num_eval_actions": 5}
@@ -79,6 +83,12 @@ def test_every_combination_is_evaluated_and_added_to_what_is_there(runs, capsys)
     np.testing.assert_allclose(returns["3", "0.0", "dpm"], single, rtol=1e-6)  # without noise, candidates are alike
     assert np.diff(sorted(returns.values())).min() > 1e-3, "otherwise every setting changes what is done"
     assert "num_eval_actions 3, init_noise_scale 0.0: " in capsys.readouterr().out
+
+    older = [{name: value for name, value in row.items() if name != "average_best"} for row in rows]
+    report.write_csv(runs / "edp" / "acting.csv", older)  # of a version with fewer settings
+    acting.main(acting.Args((runs / "edp",), average_best=(5,), episodes=1))
+    *before, _, last = rows_of(runs / "edp" / "acting.csv")
+    assert [row | {"average_best": "0"} for row in before] == rows and last["average_best"] == "5"
 
 
 def test_another_runs_critics_choose(runs):
@@ -159,7 +169,9 @@ def test_a_kept_policy_acts_without_its_data_and_is_verified_by_its_card(runs, m
         seed: [float(row[2]) for row in returns_of(runs / "edp" / "eval.csv") if row[0] == seed] for seed in "34"
     }
     assert card["seed"] == int(min(returns, key=lambda seed: np.mean(returns[seed]))), "the lower of two"
-    assert "--dataset-id test/hopper/random-v0" in card["command"] and "--num-solver-calls 3" in card["command"]
+    typed = cli(edp_td3bc.Args, shlex.split(card["command"])[2:])
+    assert "--dataset-id test/hopper/random-v0" in card["command"]
+    assert dataclasses.replace(with_domain_defaults(typed, LOCOMOTION), run_dir=run.args.run_dir) == run.args
     for sentence, call in {
         "hopper/ is there already": cards.Keep(runs / "edp", "hopper"),
         "has no seed 5": cards.Keep(runs / "edp", "other", seed=5),
@@ -204,6 +216,10 @@ def export_of(folder: Path, file="policy.jax", **changes):
 
 def test_what_cannot_be_done_gets_one_sentence_and_writes_nothing(runs, monkeypatch, exit_sentence):
     edp, bc_run, nothing = runs / "edp", runs / "bc", runs / "nothing"
+    run = acting.open_run(edp)
+    other = {"normalization": run.header["normalization"][::-1], "args": run.header["args"] | {"eval_episodes": 0}}
+    (runs / "scaled").mkdir()
+    save_checkpoint(runs / "scaled", run.state, run.header | other)
     cases = {
         "There is no run in .*nothing/": acting_of(nothing),
         "bc has no --num-eval-actions.": acting_of(bc_run, num_eval_actions=(3,)),
@@ -212,6 +228,8 @@ def test_what_cannot_be_done_gets_one_sentence_and_writes_nothing(runs, monkeypa
         "--init-noise-scale must be 0 or more": acting_of(edp, init_noise_scale=(1.0, -1.0)),
         "--episodes must be positive, but is 0.": acting_of(edp, episodes=0),
         "The critics of .*bc/ do not fit .*edp/": acting_of(edp, critics=bc_run),
+        "scaled/ do not fit .* on another scale": acting_of(edp, critics=runs / "scaled"),
+        "trained without evaluations: add --episodes": acting_of(runs / "scaled"),
         "Name the folder of a run": acting_of(edp, runs=()),
         "edp/ has no seed 5; it has 3, 4.": export_of(edp, seed=5),
         "Cannot write missing/policy.jax: No such file": export_of(bc_run, "missing/policy.jax"),
@@ -224,14 +242,15 @@ def test_what_cannot_be_done_gets_one_sentence_and_writes_nothing(runs, monkeypa
     assert not [*runs.rglob("acting.csv"), *Path.cwd().glob("*.jax")]
 
 
-def test_an_interrupted_evaluation_keeps_what_is_finished_and_says_so(runs, monkeypatch, exit_sentence):
+def test_an_interrupted_evaluation_keeps_what_is_finished(runs, monkeypatch, exit_sentence):
     def evaluations():
         yield Episodes(np.zeros((2, 1)), np.ones((2, 1), int), [])
         raise KeyboardInterrupt
 
     each = evaluations()
     monkeypatch.setattr(acting.Evaluator, "__call__", lambda *_: next(each))
-    assert "Stopped" in exit_sentence(acting_of(runs / "edp", num_eval_actions=(1, 2), episodes=1))
+    with pytest.raises(KeyboardInterrupt):
+        acting_of(runs / "edp", num_eval_actions=(1, 2), episodes=1)()
     assert [row["num_eval_actions"] for row in rows_of(runs / "edp" / "acting.csv")] == ["1", "1"]
     (runs / "bc" / "acting.csv").mkdir()
     assert "Cannot write" in exit_sentence(acting_of(runs / "bc"))

@@ -135,7 +135,7 @@ def test_pairs_of_columns_are_compared(tmp_path, write_run):
     assert [float(row[name]) for name in ("mean", "mean_least", "mean_most")] == [20, 0, 40]
     assert (row["improvement"], row["ahead"], row["behind"]) == ("0.75", "1", "0")
     assert "| EDP + IQL less IQL |" in text and "| 0.0 to 40.0 |" in text and "| 1, 0 of 2 |" in text
-    assert "\n\n4 of 5 runs are finished;" in text
+    assert "\n\n7 of 12 cells are finished;" in text
     assert (tmp_path / "t-pairs.png").stat().st_size > 0
 
 
