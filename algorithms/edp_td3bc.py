@@ -194,7 +194,7 @@ def critic_target(
     num_actions = NUM_BACKUP_ACTIONS if args.max_q_backup else 1  # each target critic takes its best of them
     next_obs = jnp.repeat(batch.next_obs, num_actions, axis=0)
     next_action = sample_action(target_policy, next_obs, key, args)
-    next_q = twin_q(target_critics, next_obs, next_action).reshape(2, -1, num_actions).max(axis=2)
+    next_q = twin_q(target_critics, next_obs, next_action).reshape(4, -1, num_actions).max(axis=2)
     return batch.reward + args.gamma * (1 - batch.terminal) * next_q.min(axis=0)
 
 
@@ -213,7 +213,7 @@ def policy_loss(policy: NoisePredictor, critics: Critic, batch: Dataset, key: PR
         action = approximate_action(corruption, args)
     else:
         action = sample_action(policy, batch.obs, sample_key, args)
-    index = jax.random.randint(critic_key, (), 0, 2)
+    index = jax.random.randint(critic_key, (), 0, 4)
     critic = jax.tree.map(lambda leaf: leaf[index], critics)  # indexed first: the other one is not computed
     q = jax.vmap(critic)(batch.obs, action)
     guidance = -jnp.mean(q) / jax.lax.stop_gradient(jnp.mean(jnp.abs(q)))

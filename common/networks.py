@@ -121,7 +121,7 @@ class Value(eqx.Module):
 
 def init_twin_critics(obs_dim: int, act_dim: int, key: PRNGKeyArray, layer_norm: bool = False) -> Critic:
     """Two independent critics as one `Critic` whose every leaf has a leading axis of 2."""
-    return jax.vmap(lambda key: Critic(obs_dim, act_dim, key, layer_norm))(jax.random.split(key))
+    return jax.vmap(lambda key: Critic(obs_dim, act_dim, key, layer_norm))(jax.random.split(key, 4))
 
 
 def twin_q(
