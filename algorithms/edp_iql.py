@@ -103,6 +103,7 @@ class Args:
     eta: NonNegative[float] | None = None
     """weight of the guidance loss (lambda of Alg. 1): 1; in adroit 0.1, in the kitchen 0.005 (Table 3)"""
     expectile: UnitInterval[float] | None = None  # tau of Eq. 22: 0.7; in mazes, bandit and OGBench 0.9
+    weighting: Literal["paper", "mean-one", "diffusion"] = "paper"  # trial
     temperature: Positive[float] = 1.0  # divides the advantage in the weight (beta of Eq. 20)
 
     def __post_init__(self):  # what is impossible raises ValueError
@@ -222,8 +223,13 @@ def policy_loss(
     """Eq. 13 and 20: L_diff + eta mean f(s, a) |a - a-hat^0|^2 / 2 (D10, D27)."""
     diffusion, corruption = diffusion_loss(policy, batch, key, args)
     action = approximate_action(corruption, args)
-    guidance = jnp.mean(jax.lax.stop_gradient(weight) * jnp.sum((batch.action - action) ** 2, axis=1) / 2)
+    weight = jax.lax.stop_gradient(weight)
+    weight = weight if args.weighting == "paper" else weight / weight.mean()
+    guidance = jnp.mean(weight * jnp.sum((batch.action - action) ** 2, axis=1) / 2)
     loss = diffusion + args.eta * guidance
+    if args.weighting == "diffusion":  # f times L_diff alone
+        truth = corruption.noise if args.prediction == "noise" else batch.action
+        loss = jnp.mean(weight[:, None] * (truth - corruption.prediction) ** 2)
     metrics = {"policy_loss": loss, "diffusion_loss": diffusion, "guidance_loss": guidance}
     metrics |= {"weight": weight.mean()}
     return loss, metrics | {"clipped": jnp.mean(jnp.abs(action) == 1)}
