@@ -230,7 +230,7 @@ def test_the_policies_that_are_kept():
     """docs/acting.md has what their cards have; their data are made by command; all fit into ten megabytes."""
     rows = rows_of(ROOT / "docs" / "acting.md", "| policy |")
     folders = [path.parent for path in sorted((ROOT / "policies").glob("*/card.json"))]
-    assert sorted(rows) == [f"`{folder.name}`" for folder in folders]
+    assert rows.keys() == {f"`{folder.name}`" for folder in folders}
     assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < 10e6
     for folder in folders:
         card, (header, _) = json.loads((folder / "card.json").read_text()), newest_header(folder)
