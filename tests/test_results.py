@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pairs
 import pytest
-from report import METRICS, read_runs, summary
+from report import METRICS, behaviour_scores, read_csv, read_runs, sample_of, summary
 
 from common.harness.checkpoint import newest_header
 from common.recipes import RECIPES
@@ -30,6 +30,12 @@ NINE = {  # rows of the page's table, and columns of the report's
     "EDP + IQL": "EDP + IQL",
     "Diffusion-QL": "Diffusion-QL, K = 5",
 }
+FIVE = {  # rows of the table of five seeds: artefact and column
+    "IQL, published": ("published", "IQL"),
+    "IQL, matched": ("matched", "IQL"),
+    "EDP + IQL": ("published", "EDP + IQL"),
+    "EDP + IQL, four best": ("four-best", "EDP + IQL, four best"),
+}
 PAIRS = [("EDP + CRR", "CRR"), ("EDP + TD3+BC", "TD3+BC"), ("EDP + IQL", "IQL")]
 
 
@@ -44,6 +50,16 @@ def ten_thousand() -> dict[str, dict]:
     artefact = json.loads((RESULTS / "short-runs" / "artefacts.json").read_text())["ten-thousand"]
     found = {row["data"]: row["runs"] for row in artefact["rows"]}
     return {data: {name: runs("short-runs")[run] for name, run in of.items()} for data, of in found.items()}
+
+
+@cache
+def five_seeds() -> tuple[dict[str, list], dict[str, float]]:
+    """Last scores by row of the table, a sample for each dataset or None; the behaviour's."""
+    artefacts, kept, found = json.loads((RESULTS / "tables" / "artefacts.json").read_text()), runs("tables"), {}
+    for title, (name, column) in FIVE.items():
+        acting = artefacts[name]["columns"][column].get("acting", {})
+        found[title] = [sample_of(kept.get(row["runs"][column]), acting, "last") for row in artefacts[name]["rows"]]
+    return found, behaviour_scores(artefacts["four-best"], kept)
 
 
 def samples(column: str, metric: str = "last") -> list[np.ndarray]:
@@ -95,7 +111,7 @@ def rows_of(page: Path, heading: str) -> dict[str, list[str]]:
 PAGE = ROOT / "docs" / "results.md"
 SETTINGS = (
     r"10 % BC|95 %|K = \d+|tau of 0\.05 or 0\.2|temperature of 1/3|[\d,]+ updates|\d+( and \d+)? thousand"
-    r"|batch(es of)? \d+|80 % on umaze|figures 4 to 7 and table 7"
+    r"|Seeds 10 to 14|of 32 candidates|batch(es of)? \d+|80 % on umaze|figures 4 to 7 and table 7"
 )
 
 
@@ -180,7 +196,42 @@ def test_the_findings():
         "umaze in {:.0f} % of its episodes: level with IQL ({:.0f}), with cloning ({:.0f})": umaze,
     }
     assert steady["CRR"] == steady["IQL"], "which the sentence gives one number"
-    expect(PAGE, [sentence.format(*numbers) for sentence, numbers in said.items()], SETTINGS)
+    sentences = [sentence.format(*numbers) for sentence, numbers in said.items()]
+    expect(PAGE, sentences + of_five_seeds(), SETTINGS)
+
+
+def of_five_seeds() -> list[str]:
+    """What the page says of them."""
+    hopper, halfcheetah, replay, pen, *_ = zip(*five_seeds()[0].values())
+    published, matched, edp, best = range(4)
+    less = lambda of, a, b: of[a].mean() - of[b].mean()
+    by_pair = {row["pair"]: row for row in read_csv(RESULTS / "tables" / "four-best-pairs.csv")}
+    gain, behind = (by_pair[f"EDP + IQL, four best less {name}"] for name in ("EDP + IQL", "IQL"))
+    for name, sure in {"matched": ("2", "0"), "published": ("0", "2")}.items():
+        (row,) = read_csv(RESULTS / "tables" / f"{name}-pairs.csv")
+        assert (row["ahead"], row["behind"]) == sure, name
+    assert (gain["ahead"], gain["behind"]) == ("1", "0")
+    return [
+        f"by {less(hopper, edp, matched):.0f} on hopper medium, {less(replay, edp, matched):.0f} on halfcheetah "
+        f"medium-replay and {less(pen, edp, matched):.0f} on pen expert",
+        f"by {less(hopper, published, edp):.0f} on hopper medium and {less(replay, published, edp):.1f} on halfcheetah",
+        "by {:.1f} [{:.1f}, {:.1f}].".format(*(float(gain[name]) for name in ("iqm", "iqm_low", "iqm_high"))),
+        f"It is then {-float(behind['iqm']):.1f} below",
+        f"Hopper medium gains {less(hopper, best, edp):.0f} and",
+        f"halfcheetah medium-replay {less(replay, best, edp):.1f}, of which",
+        f"Halfcheetah medium loses {less(halfcheetah, edp, best):.1f}.",
+    ]
+
+
+def test_the_table_of_five_seeds():
+    """A cell for each finished run, and an interquartile mean of those that have all."""
+    rows, (cells, behaviour) = rows_of(PAGE, "| five seeds |"), five_seeds()
+    assert rows.pop("behaviour") == [*(f"{score:.1f}" for score in behaviour.values()), "-"]
+    assert rows.keys() == cells.keys()
+    for title, of in cells.items():
+        shown = ["-" if x is None else f"{x.mean():.1f} ± {x.std(ddof=1):.1f}" for x in of]
+        iqm = "-" if any(x is None for x in of) else "{iqm:.1f} [{iqm_low:.1f}, {iqm_high:.1f}]".format(**summary(of))
+        assert rows[title] == [*shown, iqm], title
 
 
 def test_how_many_settings_were_tried():
