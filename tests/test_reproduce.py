@@ -15,7 +15,7 @@ import pytest
 import report
 import reproduce
 from helpers import rows_of
-from runner import ROOT, Execution, Job, execute, gpu_share, read_csv, run_all
+from runner import ROOT, Execution, Job, execute, gpu_share, next_command, read_csv, run_all
 
 FLAGS = "--eval-episodes 1 --batch-size 8 --num-updates 20 --eval-every 20"
 DOMAIN_TASKS = {
@@ -230,6 +230,13 @@ def test_finished_runs_that_are_kept_are_taken_and_not_run_again(tmp_path, write
     np.testing.assert_array_equal(taken.scores, original.scores)
     ((settings, scores),) = taken.acting.items()
     np.testing.assert_array_equal(scores, original.acting[settings])
+
+    (acted.folder / "checkpoint-20.eqx").touch()  # a run of this folder's own, which may have acted more often
+    (acted.folder / "acting.csv").write_text("its own")
+    reproduce.take_kept(tmp_path / "kept", jobs | {acted.folder: acted}, tmp_path / "new")
+    assert (acted.folder / "acting.csv").read_text() == "its own"
+    (acted.folder / "args.json").unlink()  # as when it is killed before this is written
+    assert "--run-dir" in next_command(acted)
     assert [path.name for path in (tmp_path / "new" / "a").iterdir()] == ["x"]
     reproduce.take_kept(tmp_path / "kept", jobs := {acts_again.folder: acts_again}, tmp_path / "new")
     assert jobs, "its policy is needed"
