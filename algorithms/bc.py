@@ -94,7 +94,8 @@ class Args:
 
     def __post_init__(self):  # what is impossible raises ValueError
         make_schedule(self.beta_schedule, self.num_diffusion_steps)
-        solver_orders(self.num_solver_calls, self.solver_order)
+        if self.sampler == "dpm":
+            solver_orders(self.num_solver_calls, self.solver_order, self.num_diffusion_steps)
 
 
 # ------------------------------------------------------------------------------------------------------- state

@@ -32,18 +32,19 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import tyro
 from minari.storage.datasets_root_dir import get_dataset_path
 from report import PAPER, paper_numbers, read_raw, write_csv, write_reports
 from runner import ROOT, Execution, Job, not_acted, result_of, run_all
 
 from common.harness.checkpoint import write_atomically
-from common.harness.datasets import resolve_task
+from common.harness.datasets import read_transitions, resolve_task
 from common.harness.devices import jax_settings, pin_jax
 from common.harness.flags import check_flags
 from common.harness.recorder import RAT_WINDOW
 from common.harness.run import PACKAGES
-from common.harness.tasks import ADROIT, ANTMAZE, KITCHEN, LOCOMOTION, TASKS, with_domain_defaults
+from common.harness.tasks import ADROIT, ANTMAZE, KITCHEN, LOCOMOTION, TASKS, Task, with_domain_defaults
 from common.recipes import RECIPES
 
 # ------------------------------------------------------------------------------------------------------- the artefacts
@@ -216,7 +217,7 @@ def local_dataset(task: str) -> str | None:
 NO_KEY = {"env_id", "dataset_id", "dataset_path", "preset", "trust", "exp_name", "run_dir", "track", "capture_video"}
 NO_KEY |= {"resume", "checkpoint_every"}
 NO_CODE = {"checkpoint", "flags", "offline", "plots", "process", "recorder"}  # of the harness, what decides none
-NO_CODE |= {"recipes", "records", "run"}
+NO_CODE |= {"recipes", "run"}
 
 
 @functools.cache
@@ -227,7 +228,7 @@ def plan(flags: str, of_all: str, data: Data, args: Args) -> Job:
     parsed = tyro.cli(importlib.import_module(f"algorithms.{algorithm}").Args, prog=f"{algorithm}.py", args=own)
     check_flags(parsed)
     pin_jax()  # not `setup`: Ray starts its processes by a fork, which JAX's threads would not survive
-    task = resolve_task(parsed.env_id, parsed.dataset_id, parsed.dataset_path, parsed.trust)
+    task, digest = task_and_digest(parsed.env_id, parsed.dataset_id, parsed.dataset_path, parsed.trust)
     resolved = with_domain_defaults(parsed, task.environment.domain)
     full = resolved.num_updates // resolved.eval_every
     evaluations = max(min(full, RAT_WINDOW), round(full * args.scale))
@@ -236,9 +237,8 @@ def plan(flags: str, of_all: str, data: Data, args: Args) -> Job:
     own += ["--num-updates", str(resolved.num_updates), "--eval-every", str(resolved.eval_every)]
 
     settings = {name: value for name, value in dataclasses.asdict(resolved).items() if name not in NO_KEY}
-    source = (task.file,) if task.file else tuple(get_dataset_path(each) / "data" for each in task.dataset_ids)
     versions = {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
-    decides = [algorithm, settings, task.env_id, data_digest(source), versions, jax_settings(), code_digest(algorithm)]
+    decides = [algorithm, settings, task.env_id, digest, versions, jax_settings(), code_digest(algorithm)]
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
     folder = args.folder / slug(data.name) / f"{slug(algorithm)}-{key}"  # not of the flags: some say a default
     return Job(folder, algorithm, tuple(own), resolved.num_updates)
@@ -249,12 +249,16 @@ def slug(text: str) -> str:
 
 
 @functools.cache
-def data_digest(paths: tuple[Path, ...]) -> str:
-    files, digest = sorted(file for path in paths for file in [path, *path.rglob("*")] if file.is_file()), []
-    for file in files:
-        with open(file, "rb") as stream:
-            digest.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return " ".join(digest)
+def task_and_digest(*names: str | None) -> tuple[Task, str]:
+    """The task of `resolve_task`, and a digest of the numbers that a run reads.
+
+    Not of the files: one that is made on another processor may differ in last digits, which float32 does not have.
+    """
+    dataset, ends = read_transitions(task := resolve_task(*names))
+    digest = hashlib.sha256()
+    for array in (*dataset, ends):
+        digest.update(np.ascontiguousarray(array))
+    return task, digest.hexdigest()
 
 
 @functools.cache

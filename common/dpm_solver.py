@@ -13,8 +13,13 @@ from jaxtyping import Array, Float
 from common.diffusion import Schedule, Spacing
 
 
-def solver_orders(num_calls: int, order: int) -> list[int]:
-    """Order of each step, summing to `num_calls` (Lu et al. 2022, Sec. 3.4). Raises ValueError if impossible."""
+def solver_orders(num_calls: int, order: int, num_steps: int) -> list[int]:
+    """Order of each step, summing to `num_calls` (Lu et al. 2022, Sec. 3.4), for `num_steps` of diffusion.
+
+    Raises ValueError if impossible.
+    """
+    if num_steps < 2:
+        raise ValueError(f"DPM-Solver needs at least 2 diffusion steps, not {num_steps}")
     if order not in (1, 2, 3):
         raise ValueError(f"DPM-Solver exists in orders 1, 2 and 3, not {order}")
     if num_calls < order:
@@ -64,7 +69,7 @@ def dpm_solver_sample(
             noise = jnp.clip(noise, (x - alpha) / sigma, (x + alpha) / sigma)
         return noise
 
-    orders = solver_orders(num_calls, order)
+    orders = solver_orders(num_calls, order, num_steps)
     if skip == "time_uniform":  # a step spans as many slots as it makes calls
         times = nodes(1.0, t_end, num_calls)[np.cumsum([0, *orders])]
     elif skip == "logSNR":

@@ -202,6 +202,9 @@ def test_a_share_is_between_0_and_1_and_a_diffusion_possible(exit_sentence):
     assert exit_sentence(check_flags, edp_td3bc.Args(gamma=1.1)) == "--gamma must be between 0 and 1, but is 1.1."
     sentence = exit_sentence(cli, edp_td3bc.Args, ["--num-solver-calls", "2"])
     assert "order 3 needs at least 3 network calls, not 2" in sentence
+    one = ["--num-diffusion-steps", "1", "--beta-schedule", "vp"]
+    assert "at least 2 diffusion steps, not 1" in exit_sentence(cli, edp_td3bc.Args, one)
+    cli(edp_td3bc.Args, [*one, "--sampler", "ddpm"])
 
 
 DRAW = """

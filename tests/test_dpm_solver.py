@@ -158,13 +158,15 @@ def test_orders_of_the_steps():
     """[3] * (n//3 - 1) + [2, 1], [3] * (n//3) + [1], [3] * (n//3) + [2] for n % 3 = 0, 1, 2, and so on."""
     orders = {(15, 3): [3, 3, 3, 3, 2, 1], (16, 3): [3, 3, 3, 3, 3, 1], (17, 3): [3, 3, 3, 3, 3, 2], (3, 3): [2, 1]}
     for arguments, expected in (orders | {(5, 2): [2, 2, 1], (4, 1): [1, 1, 1, 1]}).items():
-        assert solver_orders(*arguments) == expected
+        assert solver_orders(*arguments, 1000) == expected
     for order in (1, 2, 3):
-        assert all(sum(solver_orders(n, order)) == n for n in range(order, 200))
+        assert all(sum(solver_orders(n, order, 1000)) == n for n in range(order, 200))
 
 
 def test_impossible_settings_are_refused():
-    """Orders that do not exist, fewer calls than a step makes, an unknown spacing (past the tests' type check)."""
+    """Orders that do not exist, fewer calls than a step makes, an unknown spacing (past the tests' type check), and
+    one step of diffusion: between t = 1 and t = 1 / K = 1 there is nothing to integrate.
+    """
     sample = lambda *settings: dpm_solver_sample(lambda x, k: x, SCHEDULE, jnp.zeros((1, 1)), *settings)
     for order in (0, 4):
         with pytest.raises(ValueError, match="orders 1, 2 and 3"):
@@ -172,5 +174,9 @@ def test_impossible_settings_are_refused():
     for num_calls, order in ((0, 1), (1, 2), (2, 3)):
         with pytest.raises(ValueError, match=f"at least {order}"):
             sample(num_calls, order)
+    two, one = (make_schedule("vp", num_steps) for num_steps in (2, 1))
+    assert np.isfinite(dpm_solver_sample(lambda x, k: x, two, jnp.ones((1, 1)))).all()
+    with pytest.raises(ValueError, match="at least 2 diffusion steps, not 1"):
+        dpm_solver_sample(lambda x, k: x, one, jnp.ones((1, 1)))
     with pytest.raises(ValueError, match="quadratic"):
         inspect.unwrap(dpm_solver_sample)(lambda x, k: x, SCHEDULE, jnp.zeros((1, 1)), 15, 3, "quadratic")

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import h5py
 import jax
 import numpy as np
 import pytest
@@ -299,10 +300,17 @@ def test_the_key_changes_with_all_that_decides_the_numbers_and_with_nothing_else
     assert plan(tmp_path, "bc --top-fraction 1").folder == job.folder, "a default that is said"
     others = [plan(tmp_path, flags=f"{FLAGS} --batch-size 9"), plan(tmp_path, scale=2)]
     others.append(plan(tmp_path, "bc --top-fraction 0.1"))
-    (pointmaze_datasets / "edp/pointmaze/umaze-v0/data/more").write_text("other data")
-    reproduce.data_digest.cache_clear()
-    reproduce.plan.cache_clear()
-    others.append(plan(tmp_path))
+    file = pointmaze_datasets / "edp/pointmaze/umaze-v0/data/main_data.hdf5"
+    plans = []
+    for number_type in (np.float64, np.float32):  # a run reads float32
+        with h5py.File(file, "r+") as data:
+            first = data["episode_0/observations/observation"]
+            first[0, 0] = np.nextafter(number_type(first[0, 0]), number_type(1e3))
+        reproduce.task_and_digest.cache_clear()
+        reproduce.plan.cache_clear()
+        plans.append(plan(tmp_path))
+    assert plans[0].folder == job.folder, "files of the same numbers"
+    others.append(plans[1])
     reproduce.plan.cache_clear()
     with jax.default_matmul_precision("bfloat16"):
         others.append(plan(tmp_path))

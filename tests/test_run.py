@@ -20,6 +20,7 @@ from helpers import TINY, make_args, rows_of
 from algorithms import bc
 from common.harness import Behaviour, Run
 from common.harness.checkpoint import checkpoints
+from common.harness.devices import episode_keys
 from common.harness.run import resumed
 from common.harness.tasks import TASKS
 
@@ -142,7 +143,8 @@ def test_a_row_is_the_mean_of_its_chunks(tmp_path):
 def test_every_seed_update_and_episode_acts_by_a_key_of_its_own(tmp_path):
     """A key depends on nothing else: not on the other seeds, not on how many episodes there are."""
     runs = begin(tmp_path / "a", eval_episodes=3), begin(tmp_path / "b", seed=1, num_seeds=1, eval_episodes=2)
-    data = [[jax.random.key_data(run.episode_keys(update)) for update in (1, 2)] for run in runs]
+    keys = [[episode_keys(run.act_keys, update, run.args.eval_episodes) for update in (1, 2)] for run in runs]
+    data = jax.tree.map(jax.random.key_data, keys)
     assert len(np.unique(np.reshape(data[0], (12, -1)), axis=0)) == 12
     np.testing.assert_array_equal(np.array(data[0])[:, 1, :2], np.array(data[1])[:, 0])
 

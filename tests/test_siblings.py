@@ -108,9 +108,9 @@ def test_every_flag_is_used(algorithm):
         ("edp_td3bc", "dql_baseline", 40),
         ("edp_td3bc", "edp_crr", 70),
         ("edp_td3bc", "edp_iql", 101),
-        ("td3bc", "edp_td3bc", 172),
-        ("crr", "edp_crr", 145),
-        ("iql", "edp_iql", 127),
+        ("td3bc", "edp_td3bc", 173),
+        ("crr", "edp_crr", 146),
+        ("iql", "edp_iql", 128),
     ],
 )
 def test_siblings_differ_by_few_lines(a, b, most):

@@ -70,3 +70,8 @@ def seed_keys(seeds: list[int], num: int) -> tuple[Key[Array, " seeds"], ...]:
     """`num` independent keys for every seed, split over the devices."""
     keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), num))(np.array(seeds))
     return tuple(to_devices(keys[:, i], over_seeds=True) for i in range(num))
+
+
+def episode_keys(keys: Key[Array, " seeds"], update: int, shape: int | tuple[int, ...]) -> Key[Array, "seeds ..."]:
+    """As many as `shape` says of every seed, for what is played after an update."""
+    return jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, update), shape))(keys)

@@ -37,7 +37,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from common.harness import offline, process
 from common.harness.checkpoint import (
@@ -49,7 +49,7 @@ from common.harness.checkpoint import (
     saved_args,
     write_atomically,
 )
-from common.harness.devices import jax_settings, seed_keys, set_up_jax, to_devices
+from common.harness.devices import episode_keys, jax_settings, seed_keys, set_up_jax, to_devices
 from common.harness.environments import Evaluator
 from common.harness.recorder import Recorder, import_wandb
 from common.harness.records import Behaviour
@@ -215,7 +215,7 @@ class Run:
             found = dict.fromkeys(offline.columns(state), np.full(self.args.num_seeds, np.nan))
             if before_evaluation:
                 act = lambda obs, keys: self.act(state, obs, keys, 0, self.args)
-                keys = self.episode_keys(update, (offline.NUM_SAMPLES, len(self.held.obs)))
+                keys = episode_keys(self.act_keys, update, (offline.NUM_SAMPLES, len(self.held.obs)))
                 found = offline.diagnose(state, act, self.held, keys)
         with self._writing():
             self.recorder.metrics(update, metrics, found)
@@ -236,11 +236,6 @@ class Run:
         is_time = update % self.args.eval_every == 0 and (update > 0 or self.eval_untrained)
         return is_time and self.args.eval_episodes > 0 and update not in self.recorder.scores
 
-    def episode_keys(self, update: int, shape: tuple[int, ...] | None = None) -> Key[Array, "seeds ..."]:
-        """A key for every episode of the evaluation after an update; or as many as `shape` says."""
-        split = lambda key: jax.random.split(jax.random.fold_in(key, update), shape or self.args.eval_episodes)
-        return jax.vmap(split)(self.act_keys)
-
     def evaluate(self, update: int, state) -> None:
         """Plays and records the evaluation that is due after an update, if one is."""
         if self._evaluation_due(update):
@@ -249,7 +244,8 @@ class Run:
                 self.recorder.show(update, f"evaluating, step {step}")
                 return self.act(state, (obs - self.mean) / self.std, keys, step, self.args)
 
-            episodes = self.evaluator(policy, self.episode_keys(update), update)
+            keys = episode_keys(self.act_keys, update, self.args.eval_episodes)
+            episodes = self.evaluator(policy, keys, update)
             with self._writing():
                 self.recorder.evaluation(update, episodes)
             process.waiting = True
