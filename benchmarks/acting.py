@@ -33,7 +33,7 @@ from report import read_csv, write_csv
 from common.diffusion import Spacing
 from common.harness import Dataset, Evaluator, load_dataset, load_run, setup
 from common.harness.checkpoint import CheckpointError, newest_header
-from common.harness.devices import seed_keys
+from common.harness.devices import episode_keys, seed_keys
 from common.harness.environments import check_camera
 from common.harness.flags import check_flags
 from common.harness.recorder import mean_and_deviation
@@ -180,8 +180,7 @@ def describe(run: Trained, task: Task) -> None:
 def play(run: Trained, evaluate: Evaluator, variant) -> Episodes:
     """The episodes that the run's last evaluation began with, played by its policy with the arguments `variant`."""
     update = run.header["update"]
-    split = lambda key: jax.random.split(jax.random.fold_in(key, update), variant.eval_episodes)
-    keys = jax.vmap(split)(seed_keys(run.seeds, 3)[2])  # as in the run itself
+    keys = episode_keys(seed_keys(run.seeds, 3)[2], update, variant.eval_episodes)  # as in the run itself
     return evaluate(lambda obs, keys, step: run.act(obs, keys, step, variant), keys, update)
 
 

@@ -291,7 +291,7 @@ def draw_curves(artefact: dict, runs: dict[str, Result], behaviour: dict[str, fl
         if row == len(rows) - 1 or unit != rows[row + 1][1]:
             ax.set_xlabel(unit, fontsize=8)
         if j == 0:
-            ax.set_ylabel(f"{name}\nRAT", fontsize=8)
+            ax.set_ylabel("\n".join([*name.rsplit("/", 1), "RAT"]), fontsize=8)
     save(figure, axes, file, legend=False)
 
 

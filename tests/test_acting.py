@@ -23,6 +23,7 @@ from helpers import quickly, record_hopper, rows_of
 from algorithms import bc, edp_td3bc
 from common.harness import Dataset
 from common.harness.checkpoint import save_checkpoint
+from common.harness.environments import check_camera
 from common.harness.flags import cli
 from common.harness.records import Episodes
 from common.harness.tasks import ENVIRONMENTS, LOCOMOTION, normalized_score, with_domain_defaults
@@ -89,6 +90,20 @@ def test_every_combination_is_evaluated_and_added_to_what_is_there(runs, capsys)
     acting.main(acting.Args((runs / "edp",), average_best=(5,), episodes=1))
     *before, _, last = rows_of(runs / "edp" / "acting.csv")
     assert [row | {"average_best": "0"} for row in before] == rows and last["average_best"] == "5"
+
+
+def test_every_setting_has_a_video_of_its_own(runs):
+    pytest.importorskip("moviepy", reason="requirements-dev.txt brings it")
+    try:
+        check_camera(ENVIRONMENTS["Hopper"])
+    except SystemExit as error:
+        pytest.skip(error.code)
+    (runs / "edp" / "videos").mkdir()
+    (runs / "edp" / "videos" / "update-2.mp4").write_text("of training")
+    acting.main(acting.Args((runs / "edp",), num_eval_actions=(1, 2), episodes=1, capture_video=True))
+    found = {file.relative_to(runs / "edp" / "videos").as_posix() for file in runs.glob("edp/videos/**/*.mp4")}
+    assert found == {"update-2.mp4", *(f"num_eval_actions-{n}/update-2.mp4" for n in (1, 2))}
+    assert (runs / "edp" / "videos" / "update-2.mp4").read_text() == "of training"
 
 
 def test_another_runs_critics_choose(runs):

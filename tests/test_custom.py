@@ -1,18 +1,21 @@
 """Anybody's Minari dataset, in its own environment: what can be learned, and what is refused with a sentence."""
 
+import dataclasses
 import json
 import os
 import re
 from collections import OrderedDict
 
+import acting
 import gymnasium
 import minari
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete, Tuple, flatten
-from helpers import change_metadata, evaluated, record, record_hopper, write_dataset
+from helpers import change_metadata, evaluated, quickly, record, record_hopper, rows_of, write_dataset
 from minari.serialization import serialize_space
 
+from algorithms import bc
 from common.harness import Evaluator, load_dataset
 from common.harness.datasets import resolve_task
 from common.harness.environments import make_env, make_gym_env
@@ -254,6 +257,17 @@ def test_of_an_environment_that_ignores_its_seed_a_note_tells(observations, is_t
     record_anything(observations=observations)
     load()
     assert ("Note: Custom-v0 ignores its seed" in capsys.readouterr().out) == is_told
+
+
+def test_acting_again_has_to_be_given_trust_anew(datasets, tmp_path, exit_sentence):
+    """A checkpoint may come from others: whom its data may make run is not for it to say."""
+    record(make(), "test/custom/random-v0", (LIMIT, LIMIT))
+    args = bc.Args(dataset_id="test/custom/random-v0", trust=__name__, num_updates=1, eval_episodes=1, batch_size=4)
+    with quickly():
+        bc.train(dataclasses.replace(args, run_dir=str(tmp_path / "run")))
+        assert f"--trust {__name__}" in exit_sentence(acting.main, acting.Args((tmp_path / "run",)))
+        acting.main(acting.Args((tmp_path / "run",), trust=__name__))
+    assert len(rows_of(tmp_path / "run" / "acting.csv")) == 1
 
 
 def test_an_environment_that_breaks_down_later_ends_the_run_with_a_sentence(datasets, exit_sentence):
