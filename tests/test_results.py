@@ -30,12 +30,7 @@ NINE = {  # rows of the page's table, and columns of the report's
     "EDP + IQL": "EDP + IQL",
     "Diffusion-QL": "Diffusion-QL, K = 5",
 }
-FIVE = {  # rows of the table of five seeds: artefact and column
-    "IQL, published": ("published", "IQL"),
-    "IQL, matched": ("matched", "IQL"),
-    "EDP + IQL": ("published", "EDP + IQL"),
-    "EDP + IQL, four best": ("four-best", "EDP + IQL, four best"),
-}
+ARTEFACTS = ("published", "matched", "four-best")  # of five seeds
 PAIRS = [("EDP + CRR", "CRR"), ("EDP + TD3+BC", "TD3+BC"), ("EDP + IQL", "IQL")]
 
 
@@ -53,13 +48,14 @@ def ten_thousand() -> dict[str, dict]:
 
 
 @cache
-def five_seeds() -> tuple[dict[str, list], dict[str, float]]:
-    """Last scores by row of the table, a sample for each dataset or None; the behaviour's."""
+def five_seeds() -> tuple[dict[tuple[str, str], list], dict[str, float]]:
+    """Last scores by artefact and column, a sample for each dataset or None; the behaviour's."""
     artefacts, kept, found = json.loads((RESULTS / "tables" / "artefacts.json").read_text()), runs("tables"), {}
-    for title, (name, column) in FIVE.items():
-        acting = artefacts[name]["columns"][column].get("acting", {})
-        found[title] = [sample_of(kept.get(row["runs"][column]), acting, "last") for row in artefacts[name]["rows"]]
-    return found, behaviour_scores(artefacts["four-best"], kept)
+    for name in ARTEFACTS:
+        for column, spec in artefacts[name]["columns"].items():
+            cells = [(kept.get(row["runs"][column]), spec.get("acting", {})) for row in artefacts[name]["rows"]]
+            found[name, column] = [sample_of(*cell, "last") for cell in cells]
+    return found, behaviour_scores(artefacts["published"], kept)
 
 
 def samples(column: str, metric: str = "last") -> list[np.ndarray]:
@@ -229,15 +225,30 @@ def of_five_seeds() -> list[str]:
     ]
 
 
-def test_the_table_of_five_seeds():
-    """A cell for each finished run, and an interquartile mean of those that have all."""
-    rows, (cells, behaviour) = rows_of(PAGE, "| five seeds |"), five_seeds()
+@pytest.mark.parametrize("name", ["published", "matched"])
+def test_the_tables_of_five_seeds(name):
+    """A row for each column with a finished run, and an interquartile mean of those that have all."""
+    rows, (found, behaviour) = rows_of(PAGE, f"| {name} |"), five_seeds()
     assert rows.pop("behaviour") == [*(f"{score:.1f}" for score in behaviour.values()), "-"]
-    assert rows.keys() == cells.keys()
-    for title, of in cells.items():
+    expected = {column.replace("10%", "10 %"): of for (artefact, column), of in found.items() if artefact == name}
+    if name == "published":
+        expected["EDP + IQL, four best"] = found["four-best", "EDP + IQL, four best"]
+    expected = {column: of for column, of in expected.items() if any(x is not None for x in of)}
+    assert rows.keys() == expected.keys()
+    for column, of in expected.items():
         shown = ["-" if x is None else f"{x.mean():.1f} ± {x.std(ddof=1):.1f}" for x in of]
         iqm = "-" if any(x is None for x in of) else "{iqm:.1f} [{iqm_low:.1f}, {iqm_high:.1f}]".format(**summary(of))
-        assert rows[title] == [*shown, iqm], title
+        assert rows[column] == [*shown, iqm], column
+
+
+def test_the_table_of_their_differences():
+    expected = {}
+    for name in ARTEFACTS:
+        for row in read_csv(RESULTS / "tables" / f"{name}-pairs.csv"):
+            typed = {key: text if key == "pair" else float(text) if "." in text else int(text) for key, text in row.items()}
+            (line,) = pairs.lines_of([typed])
+            expected[line.pop("") + f", {name}" * (name != "four-best")] = [*line.values()]
+    assert rows_of(PAGE, "| difference |") == expected
 
 
 def test_how_many_settings_were_tried():
