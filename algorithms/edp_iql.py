@@ -103,6 +103,7 @@ class Args:
     eta: NonNegative[float] | None = None
     """weight of the guidance loss (lambda of Alg. 1): 1; in adroit 0.1, in the kitchen 0.005 (Table 3)"""
     expectile: UnitInterval[float] | None = None  # tau of Eq. 22: 0.7; in mazes, bandit and OGBench 0.9
+    policy_batch_size: Positive[int] = 256  # trial
     weighting: Literal["paper", "mean-one", "diffusion"] = "paper"  # trial
     temperature: Positive[float] = 1.0  # divides the advantage in the weight (beta of Eq. 20)
 
@@ -257,6 +258,8 @@ def train_step(state: TrainState, update: Int[Array, ""], key: PRNGKeyArray, dat
     critics = optax.apply_updates(state.critics, updates)
 
     # Update the policy
+    index = jax.random.randint(jax.random.fold_in(batch_key, 1), (args.policy_batch_size,), 0, len(dataset.reward))
+    batch = jax.tree.map(lambda array: array[index], dataset)  # trial: of its own, larger
     weight = advantage_weight(value, state.target_critics, batch, args)
     grads, policy_metrics = jax.grad(policy_loss, has_aux=True)(state.policy, weight, batch, policy_key, args)
     updates, policy_opt = policy_optimizer.update(grads, state.policy_opt)
