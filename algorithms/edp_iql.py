@@ -85,6 +85,7 @@ class Args:
     batch_size: Positive[int] = 256  # transitions in an update
     learning_rate: Positive[float] | None = None  # Adam's, all networks: 3e-4; in adroit 3e-5 (Table 3), in bandit 3e-3
     lr_decay: bool = False  # cosine decay of the policy's learning rate to 0; preset fast: True
+    decay_all: bool = False  # trial: the decay for the critics, too
     max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network (Table 3)
     gamma: UnitInterval[float] = 0.99  # discount
     tau: UnitInterval[float] = 0.005  # Polyak rate of the targets; preset fast: 0.2
@@ -128,7 +129,8 @@ def make_optimizers(args: Args) -> tuple[optax.GradientTransformation, optax.Gra
     """(the policy's, the other networks'): Adam after a clip of the global gradient norm."""
     clip, rate = optax.clip_by_global_norm(args.max_grad_norm), args.learning_rate
     policy_rate = optax.cosine_decay_schedule(rate, args.num_updates) if args.lr_decay else rate
-    return optax.chain(clip, optax.adam(policy_rate)), optax.chain(clip, optax.adam(rate))
+    others_rate = policy_rate if args.decay_all else rate
+    return optax.chain(clip, optax.adam(policy_rate)), optax.chain(clip, optax.adam(others_rate))
 
 
 def init_state(key: PRNGKeyArray, obs_dim: int, act_dim: int, args: Args) -> TrainState:
