@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository'
 import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 import dataclasses
 import json
+import math
 import shlex
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "policies"
 OF_ONE_MACHINE = {"run_dir", "resume", "checkpoint_every", "track", "capture_video", "trust", "exp_name"}
 KEPT = ("policy", "critics")  # fields of the training state
 CARD_EPISODES = 50
-VERIFY_STEPS = 5_000  # as many episodes as cannot be longer are played to verify a policy
+VERIFY_STEPS = 5_000  # as many episodes as cannot be longer are played to verify a policy, or more where they vary
 SURE = 4.0  # deviations: a policy that is as its card says is found different once in 16,000 times
 
 
@@ -124,7 +125,7 @@ def verify(args: Verify) -> None:
     The same episodes are played. But the last digits of the actions depend on the machine and on how many are played
     together, and with them the episodes. The means of k then differ by s sqrt(2 / k) in deviation, with s that of the
     card's episodes. In a maze s is that of a chance of (successes + 1) / (episodes + 2): no failure in fifty is not
-    never.
+    never. So many are played that a policy which scores 0 would be found.
     """
     differ, folders = [], [FOLDER / name for name in args.names] or [path.parent for path in FOLDER.glob("*/card.json")]
     for folder in sorted(folders):
@@ -135,7 +136,8 @@ def verify(args: Verify) -> None:
         environment = ENVIRONMENTS[run.header["environment"]]
         expected = np.array(card["scores"])
         spread = np.append(expected, [0, 100] if environment.sparse else []).std()
-        num = min(max(VERIFY_STEPS // environment.max_steps, 1), CARD_EPISODES)
+        to_tell_from_0 = 2 * (SURE * spread / max(expected.mean(), 1)) ** 2
+        num = min(max(1, VERIFY_STEPS // environment.max_steps, math.ceil(to_tell_from_0)), CARD_EPISODES)
         scores = scores_of(run, environment, num)
         off, allowed = scores.mean() - expected[:num].mean(), SURE * spread * np.sqrt(2 / num)
         is_off = bool(abs(off) > allowed)
