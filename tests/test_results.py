@@ -212,6 +212,9 @@ def test_the_tables_of_five_seeds(name):
     """A row for each column with a finished run, and an interquartile mean of those that have all."""
     rows, (found, behaviour) = rows_of(PAGE, f"| {name} |"), five_seeds()
     assert rows.pop("behaviour") == [*(f"{score:.1f}" for score in behaviour.values()), "-"]
+    artefacts = json.loads((RESULTS / "tables" / "artefacts.json").read_text()).values()
+    planned = {run for artefact in artefacts for row in artefact["rows"] for run in row["runs"].values()}
+    assert f"Of the {len(planned)} runs {len(runs('tables'))} have been made" in text_of(REPRODUCE)
     expected = {column.replace("10%", "10 %"): of for (artefact, column), of in found.items() if artefact == name}
     if name == "published":
         expected["EDP + IQL, four best"] = found["four-best", "EDP + IQL, four best"]
