@@ -257,7 +257,9 @@ def draw_curves(artefact: dict, runs: dict[str, Result], behaviour: dict[str, fl
     rows = [(line, "updates") for line in lines]
     if len(lines) == 1 and any("seconds" in spec for spec in artefact["columns"].values()):
         rows.append((lines[0], "processor seconds"))
-    groups = groups_of([name for name, spec in artefact["columns"].items() if "acting" not in spec])
+    names = [name for name, spec in artefact["columns"].items() if "acting" not in spec]
+    begun = [name for name in names if any(row["runs"][name] in runs for row in artefact["rows"])]
+    groups = groups_of(begun or names)
     chunks = -(-len(groups) // 4)  # at most four panels side by side
     width = -(-len(groups) // chunks)
     size = max(4.5, min(7.4, 2.4 * width)), chunks * (0.35 + 1.75 * len(rows))
