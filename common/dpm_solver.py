@@ -14,10 +14,7 @@ from common.diffusion import Schedule, Spacing
 
 
 def solver_orders(num_calls: int, order: int, num_steps: int) -> list[int]:
-    """Order of each step, summing to `num_calls` (Lu et al. 2022, Sec. 3.4), for `num_steps` of diffusion.
-
-    Raises ValueError if impossible.
-    """
+    """Order of each step, summing to `num_calls` (Lu et al. 2022, Sec. 3.4). Raises ValueError if impossible."""
     if num_steps < 2:
         raise ValueError(f"DPM-Solver needs at least 2 diffusion steps, not {num_steps}")
     if order not in (1, 2, 3):
@@ -42,9 +39,8 @@ def dpm_solver_sample(
 ) -> Float[Array, "..."]:
     """Integrates the diffusion ODE from noise `x_init` at t = 1 to a sample at t = max(t_end, 1/K).
 
-    `noise_fn(x, k)` predicts the noise in `x`; k = t K - 1, a scalar, is fractional between steps. It is called
-    `num_calls` times. `clip=True` keeps the result, and the clean sample that each prediction implies, inside [-1, 1].
-    Raises ValueError for impossible settings.
+    `noise_fn(x, k)` predicts the noise in `x`, `num_calls` times; k = t K - 1, a scalar, is fractional between steps.
+    `clip=True` keeps the result, and the clean samples implied, inside [-1, 1]. Impossible settings raise ValueError.
     """
     num_steps = len(schedule.beta)
     knots = np.arange(1, num_steps + 1) / num_steps

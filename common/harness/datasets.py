@@ -26,9 +26,9 @@ from common.harness.devices import set_up_jax
 from common.harness.environments import check_camera, check_environment, observation_parts, quietly
 from common.harness.flags import check_flags
 from common.harness.recorded import check_metadata, check_recorded, task_of_dataset
-from common.harness.records import Behaviour, Dataset, numbers, printable, reason_of
+from common.harness.records import ACTION_LIMIT, Behaviour, Dataset, numbers, printable, reason_of
 from common.harness.run import resumed
-from common.harness.shaping import ACTION_LIMIT, behaviour_returns, held_back_episodes, relabel, shape_reward
+from common.harness.shaping import behaviour_returns, held_back_episodes, relabel, shape_reward
 from common.harness.tasks import RewardRule, Task, find_task, normalized_score
 
 LARGEST = 1e10  # of any number in the data: its square is still far from float32's end

@@ -17,8 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from common.harness.records import DIAGNOSTICS, Dataset
-from common.harness.shaping import ACTION_LIMIT
+from common.harness.records import ACTION_LIMIT, DIAGNOSTICS, Dataset
 from common.networks import twin_q
 
 NUM_STATES = 1000  # at most, evenly chosen

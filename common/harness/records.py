@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
+ACTION_LIMIT = 0.999  # dataset actions are clipped to this, as in the official code
 DIAGNOSTICS = {  # of offline.py, by the field of the training state that they need
     "critics": ("q_policy", "q_data"),
     "policy": ("action_distance", "nearest_distance", "bounds_policy", "bounds_data"),

@@ -7,8 +7,6 @@ from common.harness.environments import cell_centre
 from common.harness.records import Dataset
 from common.harness.tasks import Environment, RewardRule
 
-ACTION_LIMIT = 0.999  # dataset actions are clipped to this, as in the official code
-
 
 def held_back_episodes(num: int) -> np.ndarray:
     """(num,) bools: a tenth of the episodes, at least one, drawn by chance, always the same. Exits if none is left."""
