@@ -14,7 +14,7 @@ from helpers import SCRIPTS, flags_of, same_run
 
 from common.harness.checkpoint import checkpoints
 
-FEW = flags_of(env_id="bandit", num_updates=1000, eval_every=100, eval_episodes=3, batch_size=8, checkpoint_every=1e-4)
+FEW = flags_of(env_id="bandit", num_updates=2000, eval_every=100, eval_episodes=3, batch_size=8, checkpoint_every=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def end(process, *statuses) -> str:
 
 @pytest.fixture(scope="module")
 def whole(home):
-    """(folder, seconds until it was there) of a run that nothing stopped; about half of its time is that."""
+    """(folder, seconds until it was there) of a run that nothing stopped, most of whose time comes after that."""
     begun, process = time.monotonic(), start(home, *FEW, "--run-dir", "whole")
     wait_for((home / "whole" / "args.json").exists)
     startup = time.monotonic() - begun
