@@ -119,7 +119,7 @@ def test_a_signal_while_a_module_is_imported_raises_nothing_there(tmp_path):
 def test_kill_9_at_any_moment_loses_nothing(home, whole, seed):
     """Killed once at a random moment from the first import to the last picture, and resumed."""
     (whole, startup), name = whole, f"killed-{seed}"
-    delay = random.Random(seed).uniform(0, 2) * startup
+    delay = random.Random(seed).uniform(0, 3) * startup
     process = start(home, *FEW, "--run-dir", name)
     time.sleep(delay)
     process.kill()
