@@ -125,7 +125,7 @@ def verify(args: Verify) -> None:
     The same episodes are played. But the last digits of the actions depend on the machine and on how many are played
     together, and with them the episodes. The means of k then differ by s sqrt(2 / k) in deviation, with s that of the
     card's episodes. In a maze s is that of a chance of (successes + 1) / (episodes + 2): no failure in fifty is not
-    never. So many are played that a policy which scores 0 would be found.
+    never. So many are played that a policy which scores 0 would be found, if the card's episodes are enough for that.
     """
     differ, folders = [], [FOLDER / name for name in args.names] or [path.parent for path in FOLDER.glob("*/card.json")]
     for folder in sorted(folders):
