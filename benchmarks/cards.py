@@ -119,13 +119,23 @@ def keep(args: Keep) -> None:
     print(f"{folder}/: seed {seed}, score {card['score']:.1f} [{low:.1f}, {high:.1f}] in {CARD_EPISODES} episodes")
 
 
+def episodes_of(expected: np.ndarray, environment: Environment) -> tuple[int, float]:
+    """How many of a card's episodes are played again, and the deviation from one to the next.
+
+    In a maze it is that of a chance of (successes + 1) / (episodes + 2): no failure in fifty is not never. So many are
+    played that a policy which scores 0 would be found, if the card's episodes are enough for that.
+    """
+    spread = np.append(expected, [0, 100] if environment.sparse else []).std()
+    to_tell_from_0 = 2 * (SURE * spread / max(expected.mean(), 1)) ** 2
+    return min(max(1, VERIFY_STEPS // environment.max_steps, math.ceil(to_tell_from_0)), CARD_EPISODES), spread
+
+
 def verify(args: Verify) -> None:
     """Exits with 1 if a policy is not as its card says, by more than its episodes differ from one another.
 
     The same episodes are played. But the last digits of the actions depend on the machine and on how many are played
     together, and with them the episodes. The means of k then differ by s sqrt(2 / k) in deviation, with s that of the
-    card's episodes. In a maze s is that of a chance of (successes + 1) / (episodes + 2): no failure in fifty is not
-    never. So many are played that a policy which scores 0 would be found, if the card's episodes are enough for that.
+    card's episodes (`episodes_of`).
     """
     differ, folders = [], [FOLDER / name for name in args.names] or [path.parent for path in FOLDER.glob("*/card.json")]
     for folder in sorted(folders):
@@ -135,9 +145,7 @@ def verify(args: Verify) -> None:
         card = json.loads((folder / "card.json").read_text())
         environment = ENVIRONMENTS[run.header["environment"]]
         expected = np.array(card["scores"])
-        spread = np.append(expected, [0, 100] if environment.sparse else []).std()
-        to_tell_from_0 = 2 * (SURE * spread / max(expected.mean(), 1)) ** 2
-        num = min(max(1, VERIFY_STEPS // environment.max_steps, math.ceil(to_tell_from_0)), CARD_EPISODES)
+        num, spread = episodes_of(expected, environment)
         scores = scores_of(run, environment, num)
         off, allowed = scores.mean() - expected[:num].mean(), SURE * spread * np.sqrt(2 / num)
         is_off = bool(abs(off) > allowed)

@@ -9,12 +9,14 @@ import re
 from functools import cache
 from pathlib import Path
 
+import cards
 import numpy as np
 import pairs
 import pytest
 from report import METRICS, behaviour_scores, read_csv, read_runs, sample_of, summary
 
 from common.harness.checkpoint import newest_header
+from common.harness.tasks import ENVIRONMENTS
 from common.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -317,3 +319,6 @@ def test_the_policies_that_are_kept():
         assert np.mean(card["scores"]) == pytest.approx(card["score"])
         assert score == "{:.0f} [{:.0f}, {:.0f}]".format(card["score"], *card["interval"])
         assert header["git_commit"] == card["commit"] and "dirty" not in card["commit"]
+        expected = np.array(card["scores"])
+        num, spread = cards.episodes_of(expected, ENVIRONMENTS[header["environment"]])
+        assert expected[:num].mean() > cards.SURE * spread * np.sqrt(2 / num), "verify finds one that scores 0"
