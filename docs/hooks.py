@@ -174,8 +174,8 @@ def scores(algorithm: str) -> str:
     if not table.is_file():
         raise PluginError(f"there is no file {table.relative_to(ROOT)}")
     text = (
-        "[Short runs](../results.md): the last score after 10,000 updates, mean ± deviation of three seeds, "
-        "`behaviour` that of the data. In the curves the band is the range of the seeds."
+        "[Short runs](../notes/nine-algorithms.md#ten-thousand-updates): the last score after 10,000 updates, mean ± "
+        "deviation of three seeds, `behaviour` that of the data. In the curves the band is the range of the seeds."
     )
     picture = f"![score against updates on each of the nine datasets](../../{SCORES}-{algorithm}.png)"
     return f"## Scores\n\n{text}\n\n{beside('beside scores', table.read_text(), picture)}"
