@@ -25,7 +25,7 @@ docs: .venv/requirements-docs.installed  ## the site, in site/: open site/index.
 
 figures: .venv/requirements.installed  ## tables and pictures of the docs again, from benchmarks/results/
 	$(VENV)/python benchmarks/report.py benchmarks/results/*/
-	$(VENV)/python benchmarks/page.py
+	$(VENV)/python benchmarks/results_page.py
 
 clean:
 	rm -rf .venv site

@@ -89,7 +89,7 @@ def test_a_script_runs_its_own_repository_whatever_else_can_be_imported(tmp_path
     (tmp_path / "common" / "harness" / "process.py").write_text("raise SystemExit('the second')")
     files = [file for room in ("algorithms", "benchmarks") for file in (tmp_path / room).glob("*.py")]
     scripts = [file for file in files if 'if __name__ == "__main__":' in file.read_text()]
-    assert len(scripts) == 8 + 11
+    assert len(scripts) == 8 + 12
     for script in scripts:
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, str(script)], cwd=ROOT, env=env, capture_output=True, text=True)

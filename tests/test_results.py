@@ -6,6 +6,7 @@ table that is compared, nor a setting of the runs, fails the test.
 
 import json
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import cards
 import numpy as np
 import pairs
 import pytest
+import results_page
 from report import METRICS, behaviour_scores, read_csv, read_runs, sample_of, summary
 
 from common.harness.checkpoint import newest_header
@@ -241,6 +243,17 @@ def test_the_table_of_their_differences():
     assert rows_of(PAGE, "| difference |") == expected
 
 
+def test_the_page_has_what_make_figures_writes(tmp_path, monkeypatch):
+    """Also where its tables hold nothing yet; with a picture."""
+    rows, tables = re.compile(r"(\| (?:published|matched|difference) \|).*?\n\n", re.DOTALL), tmp_path / "tables"
+    (tmp_path / "page.md").write_text(rows.sub(r"\1\n\n", PAGE.read_text()))
+    shutil.copytree(RESULTS / "tables", tables, ignore=shutil.ignore_patterns("*.png"))
+    monkeypatch.setattr(results_page, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(results_page, "TABLES", tables)
+    results_page.main()
+    assert (tmp_path / "page.md").read_text() == PAGE.read_text() and (tables / "differences.png").stat().st_size > 0
+
+
 def test_how_many_settings_were_tried():
     kept = [(name.partition("/")[0], of.header["algorithm"]) for name, of in runs("short-runs").items()]
     page = ROOT / "docs" / "short-of-compute.md"
@@ -255,10 +268,10 @@ def test_how_many_settings_were_tried():
 
 
 def test_the_results_of_the_readme():
-    page, speeds = ROOT / "README.md", {}
+    readme, speeds = ROOT / "README.md", {}
     for name in ("nvidia-h200", "amd-epyc-2-cores-avx2"):
         speeds[name] = json.loads((RESULTS / f"speed-{name}.json").read_text())["updates"]
-    rows = rows_of(page, "| | updates/s on one H200 GPU |")
+    rows = rows_of(readme, "| | updates/s on one H200 GPU |")
     entries = {  # column of the results, entry of the speeds
         "Diffusion-QL (speed: K = 100; score: K = 5)": (NINE["Diffusion-QL"], "dql"),
         "EDP + TD3+BC, with Diffusion-QL's losses": ("EDP + TD3+BC", "edp_td3bc"),
@@ -276,7 +289,7 @@ def test_the_results_of_the_readme():
         )
     matched = (five_seeds()[0]["matched", name] for name in ("IQL", "EDP + IQL"))
     lower = [x.mean() < y.mean() for x, y in zip(*matched) if x is not None]
-    assert (sum(lower), len(lower)) == (3, 4) and "IQL has the lower mean on three of four datasets" in text_of(page)
+    assert (sum(lower), len(lower)) == (3, 4) and "IQL has the lower mean on three of four datasets" in text_of(readme)
 
 
 @pytest.mark.slow

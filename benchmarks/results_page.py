@@ -1,7 +1,7 @@
 """The tables of docs/results.md, and its figure, from the runs in benchmarks/results/tables/: `make figures` runs it
 after report.py, whose tables have a row for each dataset; on the page each algorithm has one.
 
-    python benchmarks/page.py
+    python benchmarks/results_page.py
 """
 
 import sys
