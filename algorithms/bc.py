@@ -88,7 +88,7 @@ class Args:
 
     # Algorithm
     policy: Literal["gaussian", "diffusion"] = "gaussian"
-    """what is fitted to the actions; a Gaussian ignores the flags of the diffusion"""
+    """what is fitted to the actions; a Gaussian does not use the flags of the diffusion, though they are checked"""
     top_fraction: UnitInterval[float] = 1.0
     """share of the episodes that is cloned, those with the largest returns: 0.1 for "10% BC" (D25)"""
 
@@ -128,7 +128,7 @@ class Corruption(NamedTuple):  # one draw for a batch, and the policy's predicti
 def diffusion_loss(
     policy: NoisePredictor, batch: Dataset, key: PRNGKeyArray, args: Args
 ) -> tuple[Float[Array, ""], Corruption]:
-    """Eq. 5: mean (noise - eps_theta(a^k, k; s))^2, with k uniform and a^k by Eq. 8."""
+    """Eq. 5, k uniform, a^k by Eq. 8: mean (noise - eps_theta(a^k, k; s))^2; of predicted actions (a - output)^2."""
     k_key, noise_key = jax.random.split(key)
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
     k = jax.random.randint(k_key, batch.reward.shape, 0, args.num_diffusion_steps)
@@ -214,7 +214,7 @@ def best_episodes(dataset: Dataset, behaviour: Behaviour, fraction: float) -> Da
 
 
 def train(args: Args) -> dict:
-    """Trains and evaluates all seeds; returns the last score, OMS and RAT of each."""
+    """Trains and evaluates all seeds; returns the last score, OMS and RAT, or the last diagnostics, of each."""
     args, task = setup(args)
     dataset, behaviour = load_dataset(task, "none", args.normalize_obs)
     dataset = best_episodes(dataset, behaviour, args.top_fraction)

@@ -78,13 +78,13 @@ class Args:
     batch_size: Positive[int] = 256  # transitions in an update
     learning_rate: Positive[float] = 3e-4  # Adam's, for all networks (D20)
     lr_decay: bool = False  # cosine decay of the policy's learning rate to 0; preset fast: True
-    max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network (Table 3)
+    max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network, both critics as one (Table 3)
     gamma: UnitInterval[float] = 0.99  # discount
     tau: UnitInterval[float] = 0.005  # Polyak rate of the targets; preset fast: 0.2
     critic_layer_norm: bool = False  # layer normalisation in the value networks (RLPD, ReBRAC); preset fast: True
 
     # Algorithm
-    max_q_backup: bool = False  # back up the best of 10 next actions, as Diffusion-QL in antmaze
+    max_q_backup: bool = False  # back up the best of 10 next actions, as Diffusion-QL in antmaze but umaze
     policy_target_start: NonNegative[int] = 1000  # updates before the target policy moves, as in Diffusion-QL's code
     policy_target_every: Positive[int] = 5  # updates between its moves from then on, as there
     temperature: Positive[float] = 1.0  # divides the advantage in the weight (beta of Eq. 20)
@@ -159,7 +159,7 @@ def advantage_weight(
 
 
 def policy_loss(policy: GaussianPolicy, critics: Critic, batch: Dataset, key: PRNGKeyArray, args: Args) -> Loss:
-    """Eq. 20 (CRR's paper): -mean f(s, a) log pi(a | s)."""
+    """Eq. 20, as in CRR's paper: -mean f(s, a) log pi(a | s)."""
     weight = jax.lax.stop_gradient(advantage_weight(critics, policy, batch, key, args))
     log_likelihood = jax.vmap(policy.log_prob)(batch.obs, batch.action)
     loss = -jnp.mean(weight * log_likelihood)
@@ -223,7 +223,7 @@ act = jax.jit(jax.vmap(jax.vmap(select_action, (None, 0, 0, None, None)), (0, 0,
 
 # --------------------------------------------------------------------------------------------------------- main
 def train(args: Args) -> dict:
-    """Trains and evaluates all seeds; returns the last score, OMS and RAT of each."""
+    """Trains and evaluates all seeds; returns the last score, OMS and RAT, or the last diagnostics, of each."""
     args, task = setup(args)
     dataset, behaviour = load_dataset(task, args.reward_rule, args.normalize_obs)
     with Run(__file__, args, task, behaviour, act) as run:

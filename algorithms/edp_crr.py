@@ -14,8 +14,8 @@ Run:  python algorithms/edp_crr.py --env-id pointmaze-umaze --num-seeds 2
 D1  paper: Alg. 1 prints a' ~ pi_theta; here, as in the official code, a' comes from the target policy.
 D2  paper: a-hat^0 is not clipped; here, as in the official code, it is, and no gradient passes an active clip.
 D10 paper: Eq. 13 lacks the 1/2 of a Gaussian's log-density, which the official code has.
-D12 paper: Eq. 12 divides by 1 - alpha_bar^{k-1}, 0 at k = 1; official code: by 1 - alpha_bar^k; here so, to mean 1.
-D27 official code: eta is 1 in every task; the kitchen's 0.005 (Table 3) leaves f's term a few percent of the loss.
+D12 paper: Eq. 12 has 1 - alpha_bar^{k-1}, 0 at k = 1; official code and here: 1 - alpha_bar^k, weights of mean 1.
+D27 official code: eta is 1 in every task; Table 3's 0.005 left f's term 3 to 9 % of the loss (kitchen not measured).
 All differences from the paper and from the official code are in docs/differences.md.
 """
 
@@ -84,9 +84,9 @@ class Args:
     num_updates: Positive[int] | None = None
     """updates: 2,000,000; in antmaze, adroit, kitchen and OGBench 1,000,000, in pointmaze 3,000, in bandit 400"""
     batch_size: Positive[int] = 256  # transitions in an update
-    learning_rate: Positive[float] | None = None  # Adam's, all networks: 3e-4; in adroit 3e-5 (Table 3), in bandit 3e-3
+    learning_rate: Positive[float] | None = None  # Adam's: 3e-4; in adroit 3e-5 (Table 3; fast: 3e-4), in bandit 3e-3
     lr_decay: bool = False  # cosine decay of the policy's learning rate to 0; preset fast: True
-    max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network (Table 3)
+    max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network, both critics as one (Table 3)
     gamma: UnitInterval[float] = 0.99  # discount
     tau: UnitInterval[float] = 0.005  # Polyak rate of the targets; preset fast: 0.2
     critic_layer_norm: bool = False  # layer normalisation in the value networks (RLPD, ReBRAC); preset fast: True
@@ -103,7 +103,7 @@ class Args:
     # Algorithm
     eta: NonNegative[float] | None = None
     """weight of the guidance loss (lambda of Alg. 1): 1; in adroit 0.1, in the kitchen 0.005 (Table 3)"""
-    max_q_backup: bool = False  # back up the best of 10 next actions, as Diffusion-QL in antmaze
+    max_q_backup: bool = False  # back up the best of 10 next actions, as Diffusion-QL in antmaze but umaze
     policy_target_start: NonNegative[int] = 1000  # updates before the target policy moves, as in Diffusion-QL's code
     policy_target_every: Positive[int] = 5  # updates between its moves from then on, as there
     temperature: Positive[float] = 1.0  # divides the advantage in the weight (beta of Eq. 20)
@@ -157,7 +157,7 @@ class Corruption(NamedTuple):  # one draw for a batch, and the policy's predicti
 def diffusion_loss(
     policy: NoisePredictor, batch: Dataset, key: PRNGKeyArray, args: Args
 ) -> tuple[Float[Array, ""], Corruption]:
-    """Eq. 5: mean (noise - eps_theta(a^k, k; s))^2, with k uniform and a^k by Eq. 8."""
+    """Eq. 5, k uniform, a^k by Eq. 8: mean (noise - eps_theta(a^k, k; s))^2; of predicted actions (a - output)^2."""
     k_key, noise_key = jax.random.split(key)
     schedule = make_schedule(args.beta_schedule, args.num_diffusion_steps)
     k = jax.random.randint(k_key, batch.reward.shape, 0, args.num_diffusion_steps)
@@ -301,7 +301,7 @@ act = jax.jit(jax.vmap(jax.vmap(select_action, (None, 0, 0, None, None)), (0, 0,
 
 # --------------------------------------------------------------------------------------------------------- main
 def train(args: Args) -> dict:
-    """Trains and evaluates all seeds; returns the last score, OMS and RAT of each."""
+    """Trains and evaluates all seeds; returns the last score, OMS and RAT, or the last diagnostics, of each."""
     args, task = setup(args)
     dataset, behaviour = load_dataset(task, args.reward_rule, args.normalize_obs)
     with Run(__file__, args, task, behaviour, act) as run:

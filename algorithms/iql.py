@@ -11,7 +11,7 @@
 
 Run:  python algorithms/iql.py --env-id pointmaze-umaze --num-seeds 2
 
-D13 paper: Eq. 22 prints L_2(Q) - V; here L_2(Q' - V), with target critics as in the official code and IQL's own.
+D13 paper: V and the weight f have Q; here the target critics Q', as in the official code and IQL's own.
 D18 Samples of the Gaussian are clipped to [-1, 1], where the actions of the data lie.
 D20 paper: no rate for feed-forward policies; here 3e-4 in every domain, as in TD3+BC's and IQL's own code.
 All differences from the paper and from the official code are in docs/differences.md.
@@ -78,7 +78,7 @@ class Args:
     batch_size: Positive[int] = 256  # transitions in an update
     learning_rate: Positive[float] = 3e-4  # Adam's, for all networks (D20)
     lr_decay: bool = False  # cosine decay of the policy's learning rate to 0; preset fast: True
-    max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network (Table 3)
+    max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network, both critics as one (Table 3)
     gamma: UnitInterval[float] = 0.99  # discount
     tau: UnitInterval[float] = 0.005  # Polyak rate of the targets; preset fast: 0.2
     critic_layer_norm: bool = False  # layer normalisation in the value networks (RLPD, ReBRAC); preset fast: True
@@ -155,7 +155,7 @@ def advantage_weight(value: Value, target_critics: Critic, batch: Dataset, args:
 
 
 def policy_loss(policy: GaussianPolicy, weight: Float[Array, " batch"], batch: Dataset) -> Loss:
-    """Eq. 20 (IQL's paper): -mean f(s, a) log pi(a | s)."""
+    """Eq. 20, as in IQL's paper: -mean f(s, a) log pi(a | s)."""
     log_likelihood = jax.vmap(policy.log_prob)(batch.obs, batch.action)
     loss = -jnp.mean(jax.lax.stop_gradient(weight) * log_likelihood)
     return loss, {"policy_loss": loss, "log_likelihood": log_likelihood.mean(), "weight": weight.mean()}
@@ -222,7 +222,7 @@ act = jax.jit(jax.vmap(jax.vmap(select_action, (None, 0, 0, None, None)), (0, 0,
 
 # --------------------------------------------------------------------------------------------------------- main
 def train(args: Args) -> dict:
-    """Trains and evaluates all seeds; returns the last score, OMS and RAT of each."""
+    """Trains and evaluates all seeds; returns the last score, OMS and RAT, or the last diagnostics, of each."""
     args, task = setup(args)
     dataset, behaviour = load_dataset(task, args.reward_rule, args.normalize_obs)
     with Run(__file__, args, task, behaviour, act) as run:

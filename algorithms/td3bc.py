@@ -79,13 +79,13 @@ class Args:
     batch_size: Positive[int] = 256  # transitions in an update
     learning_rate: Positive[float] = 3e-4  # Adam's, for all networks (D20)
     lr_decay: bool = False  # cosine decay of the policy's learning rate to 0; preset fast: True
-    max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network (Table 3)
+    max_grad_norm: Positive[float] = 5.0  # gradient-norm clip of each network, both critics as one (Table 3)
     gamma: UnitInterval[float] = 0.99  # discount
     tau: UnitInterval[float] = 0.005  # Polyak rate of the targets; preset fast: 0.2
     critic_layer_norm: bool = False  # layer normalisation in the value networks (RLPD, ReBRAC); preset fast: True
 
     # Algorithm
-    max_q_backup: bool = False  # back up the best of 10 next actions, as Diffusion-QL in antmaze
+    max_q_backup: bool = False  # back up the best of 10 next actions, as Diffusion-QL in antmaze but umaze
     policy_target_start: NonNegative[int] = 0  # updates before the target policy moves; EDP waits for 1,000
     policy_target_every: Positive[int] = 1  # updates between its moves from then on, if the policy moves, too; EDP: 5
     alpha: NonNegative[float] = 2.5  # weight of the guidance loss, as in TD3+BC's paper
@@ -152,7 +152,7 @@ def critic_loss(critics: Critic, target: Float[Array, " batch"], batch: Dataset)
 
 
 def policy_loss(policy: TanhPolicy, critics: Critic, batch: Dataset, args: Args) -> Loss:
-    """Eq. 15, 16 (TD3+BC's paper): mean (pi(s) - a)^2 - lambda mean Q_1(s, pi(s)), lambda = alpha / mean |Q_1|."""
+    """Eq. 15, 16, as in TD3+BC's paper: mean (pi(s) - a)^2 - lambda mean Q_1(s, pi(s)), lambda = alpha / mean |Q_1|."""
     action = jax.vmap(policy)(batch.obs)
     bc = jnp.mean((action - batch.action) ** 2)
     critic = jax.tree.map(lambda leaf: leaf[0], critics)
@@ -226,7 +226,7 @@ act = jax.jit(jax.vmap(jax.vmap(select_action, (None, 0, 0, None, None)), (0, 0,
 
 # --------------------------------------------------------------------------------------------------------- main
 def train(args: Args) -> dict:
-    """Trains and evaluates all seeds; returns the last score, OMS and RAT of each."""
+    """Trains and evaluates all seeds; returns the last score, OMS and RAT, or the last diagnostics, of each."""
     args, task = setup(args)
     dataset, behaviour = load_dataset(task, args.reward_rule, args.normalize_obs)
     with Run(__file__, args, task, behaviour, act) as run:

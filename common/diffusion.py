@@ -1,6 +1,6 @@
 """Denoising diffusion: noise schedules, corruption and ancestral (DDPM) sampling.
 
-Arrays are 0-based: index k here is step k + 1 of the paper, and networks are always given k in {0..K-1}.
+Arrays are 0-based: index k here is step k + 1 of the paper. Networks get k from 0 to K - 1, by DPM-Solver also between.
 """
 
 from collections.abc import Callable

@@ -14,7 +14,7 @@ from common.diffusion import Schedule, Spacing
 
 
 def solver_orders(num_calls: int, order: int, num_steps: int) -> list[int]:
-    """Order of each step, summing to `num_calls` (Lu et al. 2022, Sec. 3.4). Raises ValueError if impossible."""
+    """Order of each step, summing to `num_calls` (DPM-Solver-fast of Lu et al. 2022). ValueError if impossible."""
     if num_steps < 2:
         raise ValueError(f"DPM-Solver needs at least 2 diffusion steps, not {num_steps}")
     if order not in (1, 2, 3):
