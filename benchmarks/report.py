@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 import pairs
 import tyro
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from runner import Result, other_settings, read_csv, read_run, result_of
 from scipy import stats
@@ -288,8 +290,9 @@ def draw_curves(artefact: dict, runs: dict[str, Result], behaviour: dict[str, fl
             ax.axhline(np.mean(of_data), color="gray", linestyle=":", linewidth=1)
         ax.tick_params(labelsize=7)
         ax.locator_params(nbins=4)
-        if row == 0 and ax.get_legend_handles_labels()[1]:
-            ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8, frameon=False, borderpad=0.1)
+        if row == len(rows) - 1 and (shown := labelled(axes[i - row : i + 1, j])):  # a run may be missing in the first
+            style = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "frameon": False, "borderpad": 0.1}
+            axes[i - row, j].legend(shown.values(), shown.keys(), fontsize=8, **style)
         if row == len(rows) - 1 or unit != rows[row + 1][1]:
             ax.set_xlabel(unit, fontsize=8)
         if j == 0:
@@ -349,9 +352,14 @@ def draw_speed(lines: list[dict[str, str]], file: Path) -> None:
     save(figure, axes, file)
 
 
+def labelled(axes: Iterable[Axes]) -> dict[str, Artist]:
+    """What a legend of all these shows."""
+    return {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels())}
+
+
 def save(figure: Figure, axes: np.ndarray, file: Path, legend: bool = True, **style) -> None:
-    shown = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels())}
     if legend:
+        shown = labelled(axes.flat)
         style = {"loc": "outside lower center", "ncols": 3, "fontsize": "small"} | style
         figure.legend(shown.values(), shown.keys(), **style)
     figure.savefig(file, dpi=150)
