@@ -174,44 +174,62 @@ def test_the_findings():
 
 def of_five_seeds() -> list[str]:
     """What the page says of them."""
-    found = five_seeds()[0]
-    published, edp = found["published", "IQL"], found["published", "EDP + IQL"]
-    best, matched = found["four-best", "EDP + IQL, four best"], found["matched", "IQL"]
-    gain = [x.mean() - y.mean() for x, y in zip(best, edp)]
-    sure = {}
-    for name in ARTEFACTS:
-        for row in read_csv(RESULTS / "tables" / f"{name}-pairs.csv"):
-            sure[name, row["pair"]] = f"{row['ahead']}, {row['behind']} of {row['datasets']}"
-    assert sure["matched", "EDP + IQL less IQL"] == "2, 0 of 4"
-    assert sure["four-best", "EDP + IQL, four best less EDP + IQL"] == "1, 0 of 6"
-    both = [
-        (found["published", ours], found["published", ours.removeprefix("EDP + ")])
-        for ours in ("EDP + TD3+BC", "EDP + IQL")
-    ]
-    assert pairs.verdicts(both) == [[0, -1, -1, 0, 0, 0], [-1, 0, -1, 0, 0, 0]], (
-        "behind on both halfcheetahs; on hopper"
-    )
-    hopper, halfcheetah, replay, pen, maze, antmaze = range(6)
-    lead = lambda of: of("EDP + TD3+BC").mean() - of("TD3+BC").mean()
-    three = lead(lambda name: samples(name)[0])
-    five, on_pen = (lead(lambda name: found["published", name][i]) for i in (hopper, pen))
+    (found, _), (hopper, halfcheetah, replay, pen, maze, antmaze) = five_seeds(), range(6)
+    score = lambda column, data, artefact="published": found[artefact, column][data].mean()
+    lead = lambda name, data, artefact="published": score(f"EDP + {name}", data, artefact) - score(name, data, artefact)
+    assert significant("published") == {
+        "TD3+BC": {halfcheetah: -1, replay: -1},
+        "CRR": {maze: 1},
+        "IQL": {hopper: -1, replay: -1},
+    }
+    assert significant("matched") == {"CRR": {hopper: 1}, "IQL": {hopper: 1, replay: 1}}
+    assert {row["pair"]: row["datasets"] for row in pairs_of("matched")}["EDP + IQL less IQL"] == "4", "two of four"
+
+    iql, four = found["published", "IQL"], found["four-best", "EDP + IQL, four best"]
+    gain = [x.mean() - y.mean() for x, y in zip(four, found["published", "EDP + IQL"])]
+    (row,) = (row for row in pairs_of("four-best") if row["pair"].endswith("less EDP + IQL"))
+    assert (row["ahead"], row["behind"]) == ("1", "0")
+    assert {*found["matched", "IQL"][maze], *found["published", "EDP + IQL"][maze]} == {100.0}, "of both every seed"
+    (curve,) = [run.scores for run in runs("tables").values() if np.array_equal(run.scores[-1], iql[maze])]
+    low, *_, high = sorted(iql[maze])
+    before = curve[-2][iql[maze].argmin()]
+
     ants = {column: of[antmaze].mean() for (_, column), of in found.items() if of[antmaze] is not None}
-    cloning = ants.pop("BC")
-    ants.pop("10% BC", None)
-    assert {*matched[maze], *edp[maze]} == {100.0}, "every seed of both in every episode"
-    (curve,) = [run.scores for run in runs("tables").values() if np.array_equal(run.scores[-1], published[maze])]
-    low, *_, high = sorted(published[maze])
-    before = curve[-2][published[maze].argmin()]
+    cloning = ants.pop("BC"), ants.pop("10% BC")
+    assert f"{cloning[0]:.0f}" == f"{cloning[1]:.0f}"
+    three = samples("EDP + TD3+BC")[0].mean() - samples("TD3+BC")[0].mean()
+    crr = [f"{score('CRR', data):.0f} and {score('CRR', data, 'matched'):.0f}" for data in (hopper, pen, maze)]
     return [
-        f"The gain is {on_pen:.0f} points on pen expert",
-        f"that three seeds showed above, {three:.0f} points, is {five:.0f} with these",
+        f"CRR crosses it in {score('CRR', maze):.0f} % of its episodes, EDP + CRR in {score('EDP + CRR', maze):.0f}.",
+        f"on hopper medium {crr[0]}, on pen expert {crr[1]}, in the large maze {crr[2]}.",
+        f"is ahead by {lead('CRR', hopper, 'matched'):.0f} points on hopper medium",
+        f"The gain is {lead('TD3+BC', pen):.0f} points on pen expert",
+        f"that three seeds had shown, {three:.0f} points, is {lead('TD3+BC', hopper):.0f} with these",
         f"one of its five seeds ends at {low:.0f}, from {before:.0f} after 7,500 updates",
         f"the others end at {high:.0f}.",
-        f"to {summary(published)['iqm'] - summary(best)['iqm']:.1f} below that of IQL as published",
+        f"to {summary(iql)['iqm'] - summary(four)['iqm']:.1f} below that of IQL as published",
         f"Hopper medium gains {gain[hopper]:.0f} and halfcheetah medium-replay {gain[replay]:.1f}, of which",
         f"Halfcheetah medium loses {-gain[halfcheetah]:.1f} and antmaze {-gain[antmaze]:.1f}.",
-        f"in {cloning:.0f} % of the episodes, and nothing that learns values in more than {max(ants.values()):.0f}",
+        f"in {cloning[0]:.0f} % of the episodes, and nothing that learns values in more than {max(ants.values()):.0f}",
     ]
+
+
+def pairs_of(name: str) -> list[dict[str, str]]:
+    return read_csv(RESULTS / "tables" / f"{name}-pairs.csv")
+
+
+def significant(name: str) -> dict[str, dict[int, int]]:
+    """By counterpart the datasets where EDP is ahead (1) or behind (-1), by the rule of the page for all together."""
+    found, there = five_seeds()[0], {}
+    for ours, theirs in PAIRS:
+        both = enumerate(zip(found[name, ours], found[name, theirs]))
+        if both := {place: of for place, of in both if not any(x is None for x in of)}:
+            there[theirs] = both
+    verdicts = pairs.verdicts([(*zip(*both.values()),) for both in there.values()])
+    return {
+        theirs: {place: sign for place, sign in zip(both, signs) if sign}
+        for (theirs, both), signs in zip(there.items(), verdicts)
+    }
 
 
 @pytest.mark.parametrize("name", ["published", "matched"])
@@ -236,7 +254,7 @@ def test_the_tables_of_five_seeds(name):
 def test_the_table_of_their_differences():
     expected, number = {}, lambda text: float(text) if "." in text else int(text)
     for name in ARTEFACTS:
-        for row in read_csv(RESULTS / "tables" / f"{name}-pairs.csv"):
+        for row in pairs_of(name):
             (line,) = pairs.lines_of([{key: text if key == "pair" else number(text) for key, text in row.items()}])
             pair, *cells = line.values()
             expected[pair if name == "four-best" else f"{pair}, {name}"] = cells
