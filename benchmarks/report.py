@@ -425,7 +425,7 @@ def write_pairs(folder: Path, name: str, artefact: dict, runs: dict[str, Result]
         return []
     last = {pair: [[scores[-1] for scores in of] for of in both] for pair, both in found.items()}
     policies = {pair: [[scores.ravel() for scores in of] for of in both] for pair, both in found.items()}
-    rows = pairs.rows_of(last)
+    rows = pairs.rows_of(last, planned=len(artefact["pairs"]) * len(artefact["rows"]))
     write_csv(folder / f"{name}-pairs.csv", rows)
     pairs.draw(last, policies).savefig(folder / f"{name}-pairs.png", dpi=150)
     picture = f"![share of runs above a score; expected score of the best of some policies]({name}-pairs.png)"

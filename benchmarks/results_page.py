@@ -44,7 +44,7 @@ def short(data: str, between: str) -> str:
 
 
 def scores(name: str, of: dict[str, Samples], behaviour: dict[str, float]) -> str:
-    """A row for each algorithm that has a finished run; the interquartile mean of those that have all."""
+    """A row for each algorithm; the interquartile mean of those whose runs are all finished."""
     heads = [name, *(short(data, "<br>") for data in behaviour), "IQM,<br>95 %"]
     lines = [dict(zip(heads, ["behaviour", *(f"{score:.1f}" for score in behaviour.values()), "-"]))]
     for title, samples in of.items():
@@ -52,7 +52,7 @@ def scores(name: str, of: dict[str, Samples], behaviour: dict[str, float]) -> st
         whole = "{iqm:.1f} [{iqm_low:.1f}, {iqm_high:.1f}]"
         cells.append("-" if any(x is None for x in samples) else whole.format(**summary(samples)))
         title = re.sub(r"^(EDP \+ [^,]*)", r"**\1**", title.replace("10%", "10 %"))
-        lines += [dict(zip(heads, [title, *cells]))] * any(x is not None for x in samples)
+        lines.append(dict(zip(heads, [title, *cells])))
     return markdown(lines)
 
 

@@ -70,4 +70,8 @@ def test_ahead_and_behind_by_welch_and_holm():
     assert pairs.verdicts([(ours[:2], theirs[:2]), (ours[2:], theirs[2:])]) == [expected[:2], expected[2:]]
     assert expected[:3] == [1, -1, 0]
     same = [np.full(3, 100.0)]
+    for more in range(1, 30):  # comparisons to come are like equal ones
+        assert pairs.verdicts([(ours, theirs)], len(ours) + more) == [
+            pairs.verdicts([(ours, theirs), (same * more, same * more)])[0]
+        ]
     assert pairs.verdicts([(same, same)]) == [[0]] and pairs.verdicts([(same, [np.zeros(3)])]) == [[1]]
