@@ -88,7 +88,7 @@ class Args:
 
     # Algorithm
     policy: Literal["gaussian", "diffusion"] = "gaussian"
-    """what is fitted to the actions; a Gaussian does not use the flags of the diffusion, though they are checked"""
+    """what is fitted to the actions; a Gaussian does not use the diffusion's flags"""
     top_fraction: UnitInterval[float] = 1.0
     """share of the episodes that is cloned, those with the largest returns: 0.1 for "10% BC" (D25)"""
 
