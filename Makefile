@@ -24,7 +24,7 @@ docs: .venv/requirements-docs.installed  ## the site, in site/: open site/index.
 	NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --strict
 
 figures: .venv/requirements.installed  ## tables and pictures of the docs again, from benchmarks/results/
-	$(VENV)/python benchmarks/report.py benchmarks/results/*/
+	$(VENV)/python benchmarks/report.py $(dir $(wildcard benchmarks/results/*/runs.json))
 	$(VENV)/python benchmarks/results_page.py
 
 clean:

@@ -2,7 +2,7 @@
 
     python benchmarks/report.py runs/reproduce                         # all runs, and its tables and figures anew
     python benchmarks/report.py runs/reproduce --condense benchmarks/results/mine      # keep it, without checkpoints
-    python benchmarks/report.py benchmarks/results/*/                  # = make figures
+    make figures                                                       # of all of benchmarks/results/
 
 A folder has runs below it, or condensed: runs.json (the args.json of each), returns.csv (its eval.csv) and acting.csv.
 artefacts.json, if there is one, says which run is which cell; <name>.md, .csv and .png are made from it. Where it says

@@ -7,6 +7,7 @@ table that is compared, nor a setting of the runs, fails the test.
 import json
 import re
 import shutil
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -290,6 +291,13 @@ def test_the_page_has_what_make_figures_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(results_page, "TABLES", tables)
     results_page.main()
     assert (tmp_path / "page.md").read_text() == PAGE.read_text() and (tables / "differences.png").stat().st_size > 0
+
+
+def test_make_figures_takes_every_folder_that_has_runs_and_no_other():
+    """report.py ends at a folder without any."""
+    planned = subprocess.run(["make", "-n", "figures"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    named = {Path(folder) for folder in re.findall(r"benchmarks/results/\S+/", planned)}
+    assert named == {file.parent.relative_to(ROOT) for file in RESULTS.glob("*/runs.json")} and len(named) > 5
 
 
 def test_how_many_settings_were_tried():
