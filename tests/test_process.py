@@ -88,12 +88,16 @@ def test_a_signal_is_followed_by_a_save_and_the_command_that_goes_on_and_kill_9_
 
 
 def test_a_second_signal_and_one_before_the_run_leave_at_once(home):
+    """Two that come together are one: a parent that is killed sends as many, if it has threads."""
     long = {"num_updates": 1000, "eval_every": 1000, "batch_size": 2**16}  # minutes for one chunk
     begun, process = time.monotonic(), start(home, *flags_of(env_id="bandit", **long, run_dir="twice"))
     wait_for((home / "twice" / "metrics.csv").exists)
     startup = time.monotonic() - begun
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGHUP)
     assert any("a second signal stops at once" in line for line in process.stdout)
+    time.sleep(1.5)
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
     end(process, 130)
     assert [path.name for path in checkpoints(home / "twice")] == ["checkpoint-0.eqx"]

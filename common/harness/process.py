@@ -1,8 +1,9 @@
 """How a script's process ends: imported by it first, so that this holds while the rest is imported, too.
 
 SIGINT, SIGTERM, SIGHUP and SIGUSR1 (which SLURM may send before the end) end it with 128 + their number, as a shell
-expects. While a run trains, the first one waits until the run has saved; a second never waits. What the operating
-system refuses is told in a line. A closed pipe, as that of `--help | head -1`, is no error, nor is a closed stream.
+expects. While a run trains, the first one waits until the run has saved; another, a second later, never waits. What
+the operating system refuses is told in a line. A closed pipe, as that of `--help | head -1`, is no error, nor is a
+closed stream.
 """
 
 import atexit
@@ -10,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 waiting = False  # set by a run while it trains
@@ -28,11 +30,18 @@ def _handle(number: int, frame) -> None:
 
 
 def _watch(pipe: int) -> None:
-    """Python hears of a signal only between two of its own steps; this thread hears of it while XLA computes."""
+    """Python hears of a signal only between two of its own steps; this thread hears of it while XLA computes.
+
+    A parent that dies may send one for each of its threads, and a terminal that closes two kinds: these count as one.
+    """
     os.read(pipe, 1)
+    until = time.monotonic()
     if waiting:
+        until += 1  # seconds
         print("\nStopping when these updates are saved; a second signal stops at once.", file=sys.stderr, flush=True)
-    os._exit(128 + os.read(pipe, 1)[0])
+    while number := os.read(pipe, 1)[0]:
+        if time.monotonic() > until:
+            os._exit(128 + number)
 
 
 def _leave(kind=None, error=None, traceback=None) -> None:
