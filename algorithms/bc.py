@@ -78,7 +78,7 @@ class Args:
     max_grad_norm: Positive[float] = 5.0  # gradient-norm clip (Table 3)
 
     # Diffusion
-    num_diffusion_steps: Positive[int] = 1000  # K; in bandit, for DDPM, 5 with --beta-schedule vp
+    num_diffusion_steps: Positive[int] = 1000  # K; with --sampler ddpm the preset fast sets 5, and vp, in bandit
     beta_schedule: ScheduleName = "linear"  # noise schedule; "vp" for few steps
     prediction: Prediction = "noise"  # what the network predicts: noise, or the clean action a^0; preset fast: action
     sampler: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver, or all K steps of DDPM

@@ -84,7 +84,7 @@ class Args:
     critic_layer_norm: bool = False  # layer normalisation in the value networks (RLPD, ReBRAC); preset fast: True
 
     # Algorithm
-    max_q_backup: bool = False  # back up the best of 10 next actions, as Diffusion-QL in antmaze but umaze
+    max_q_backup: bool = False  # back up the best of 10 next actions; Diffusion-QL does in antmaze, except umaze
     policy_target_start: NonNegative[int] = 1000  # updates before the target policy moves, as in Diffusion-QL's code
     policy_target_every: Positive[int] = 5  # updates between its moves from then on, as there
     temperature: Positive[float] = 1.0  # divides the advantage in the weight (beta of Eq. 20)

@@ -10,7 +10,7 @@
     act: select_action draws N actions and picks one with probability proportional to exp Q
 
 Run:  python algorithms/dql_baseline.py --env-id pointmaze-umaze --num-seeds 2
-Its authors' own chain is --num-diffusion-steps 5 --beta-schedule vp, in antmaze but umaze with --max-q-backup.
+Its authors' own chain is --num-diffusion-steps 5 --beta-schedule vp; in antmaze, except umaze, with --max-q-backup.
 
 D1  paper: Alg. 1 prints a' ~ pi_theta; here, as in the official code, a' comes from the target policy.
 All differences from the paper and from the official code are in docs/differences.md.
@@ -88,7 +88,7 @@ class Args:
     critic_layer_norm: bool = False  # layer normalisation in the value networks (RLPD, ReBRAC); preset fast: True
 
     # Diffusion
-    num_diffusion_steps: Positive[int] = 100  # K; in bandit, for DDPM, 5 with --beta-schedule vp
+    num_diffusion_steps: Positive[int] = 100  # K; with --sampler ddpm the preset fast sets 5, and vp, in bandit
     beta_schedule: ScheduleName = "linear"  # noise schedule; "vp" for few steps
     prediction: Prediction = "noise"  # what the network predicts: noise, or the clean action a^0; preset fast: action
     sampler: Literal["dpm", "ddpm"] = "ddpm"  # DPM-Solver, or all K steps of DDPM
@@ -99,7 +99,7 @@ class Args:
     # Algorithm
     eta: NonNegative[float] | None = None
     """weight of the guidance loss (lambda of Alg. 1): 1; in adroit 0.1, in the kitchen 0.005 (Table 3)"""
-    max_q_backup: bool = False  # back up the best of 10 next actions, as Diffusion-QL in antmaze but umaze
+    max_q_backup: bool = False  # back up the best of 10 next actions; Diffusion-QL does in antmaze, except umaze
     policy_target_start: NonNegative[int] = 1000  # updates before the target policy moves, as in Diffusion-QL's code
     policy_target_every: Positive[int] = 5  # updates between its moves from then on, as there
 

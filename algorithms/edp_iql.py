@@ -91,7 +91,7 @@ class Args:
     critic_layer_norm: bool = False  # layer normalisation in the value networks (RLPD, ReBRAC); preset fast: True
 
     # Diffusion
-    num_diffusion_steps: Positive[int] = 1000  # K; in bandit, for DDPM, 5 with --beta-schedule vp
+    num_diffusion_steps: Positive[int] = 1000  # K; with --sampler ddpm the preset fast sets 5, and vp, in bandit
     beta_schedule: ScheduleName = "linear"  # noise schedule; "vp" for few steps
     prediction: Prediction = "noise"  # what the network predicts: noise, or the clean action a^0; preset fast: action
     sampler: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver, or all K steps of DDPM

@@ -85,7 +85,7 @@ class Args:
     critic_layer_norm: bool = False  # layer normalisation in the value networks (RLPD, ReBRAC); preset fast: True
 
     # Algorithm
-    max_q_backup: bool = False  # back up the best of 10 next actions, as Diffusion-QL in antmaze but umaze
+    max_q_backup: bool = False  # back up the best of 10 next actions; Diffusion-QL does in antmaze, except umaze
     policy_target_start: NonNegative[int] = 0  # updates before the target policy moves; EDP waits for 1,000
     policy_target_every: Positive[int] = 1  # updates between its moves from then on, if the policy moves, too; EDP: 5
     alpha: NonNegative[float] = 2.5  # weight of the guidance loss, as in TD3+BC's paper

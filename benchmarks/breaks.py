@@ -15,7 +15,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository's common/, whatever is installed
 import common.harness.process  # noqa: F401, I001  first: from here on a signal leaves no traceback
 
-import csv
 import functools
 import tempfile
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
+from report import write_csv
 from runner import read_csv
 
 from common.harness import load_run
@@ -148,10 +148,7 @@ def main(args: Args) -> None:
             lines = [{"row": name} | line for line in read_csv(Path(folder, "eval.csv"))]
             run_args, state, _ = load_run(folder, module)
         rows = read(table) | {name: lines}
-        with open(table, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(line for key in ROWS for line in rows.get(key, []))
+        write_csv(table, [{name: line[name] for name in COLUMNS} for key in ROWS for line in rows.get(key, [])])
         figure = Figure(figsize=(1.5, 1.5), layout="constrained")
         if row.base is BANDIT:
             keys = jax.random.split(jax.random.key(1), (run_args.num_seeds, 400))

@@ -122,7 +122,7 @@ def lines_of(rows: list[dict]) -> list[dict[str, str]]:
         "mean": interval("mean", ".1f"),
         "mean, one left out": "{mean_least:.1f} to {mean_most:.1f}",
         "probability of improvement": interval("improvement", ".2f"),
-        "ahead, behind": "{ahead}, {behind} of {datasets}",
+        "ahead, behind": "{ahead:.0f}, {behind:.0f} of {datasets:.0f}",
     }
     return [{heading: form.format(**row) for heading, form in forms.items()} for row in rows]
 

@@ -67,12 +67,15 @@ def read_runs(folder: Path) -> dict[str, Result]:
 def condense(folder: Path, into: Path) -> None:
     """All runs of `folder`, values as they are written there; without where they were and what checkpoints need."""
     raw, headers = read_raw(folder), {}
+    if lacking := read_raw(into).keys() - raw.keys():
+        raise SystemExit(f"{into}/ keeps {len(lacking)} runs that {folder}/ does not have; choose another folder.")
     for name, (header, *_) in raw.items():
         headers[name] = {key: value for key, value in header.items() if key != "normalization"}
         path = header["args"].get("dataset_path")
         headers[name]["args"] = header["args"] | {"run_dir": None, "dataset_path": path and Path(path).name}
     into.mkdir(parents=True, exist_ok=True)
-    (into / "runs.json").write_text(json.dumps(headers, indent=1) + "\n")
+    text = json.dumps(headers, indent=1).encode() + b"\n"
+    write_atomically(into / "runs.json", lambda stream: stream.write(text))
     for i, file in enumerate(("returns.csv", "acting.csv"), 1):
         write_csv(into / file, [{"run": name} | row for name, tables in raw.items() for row in tables[i]])
     if (folder / "artefacts.json").exists():
@@ -80,13 +83,14 @@ def condense(folder: Path, into: Path) -> None:
 
 
 def write_csv(file: Path, rows: list[dict]) -> None:
-    """In place of what is there, all at once; a row may lack columns that another has."""
-    if rows:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(itertools.chain(*rows))), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(file, lambda stream: stream.write(text.getvalue().encode()))
+    """In place of what is there, all at once; a row may lack columns that another has. No rows, no file."""
+    if not rows:
+        return file.unlink(missing_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(itertools.chain(*rows))), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(file, lambda stream: stream.write(text.getvalue().encode()))
 
 
 def paper_numbers(source: str, column: str, field: str | None) -> dict[str, str]:
@@ -131,7 +135,7 @@ def lines_of(artefact: dict, runs: dict[str, Result]) -> list[tuple[str, str | N
     lines = [(row["data"], row["task"], [row]) for row in artefact["rows"]]
     for domain in dict.fromkeys(domain_of(row["task"]) for row in artefact["rows"] if row["task"]):
         rows = [row for row in artefact["rows"] if row["task"] and domain_of(row["task"]) == domain]
-        of = [domain_of(task) for task in artefact["tasks"]].count(domain)
+        of = [domain_of(task) for task in TASKS if task in PAPER[0]].count(domain)
         if len(rows) > 1 or artefact["kind"] == "means":
             lines.append((f"{domain}, mean of {len(rows)} of {of} tasks", domain if len(rows) == of else None, rows))
     found = [runs[run] for row in artefact["rows"] for run in row["runs"].values() if run in runs]
@@ -413,13 +417,18 @@ def write_alone(folder: Path, name: str, artefact: dict, cells: list[dict], runs
 def write_pairs(folder: Path, name: str, artefact: dict, runs: dict[str, Result]) -> list[str]:
     """Writes <name>-pairs.csv and .png, of each pair on the datasets where both are there; returns the Markdown.
 
-    They need two datasets, of which one is left out, and two seeds.
+    They need two datasets with scores, of which one is left out, and two seeds. Where one of a pair acts with other
+    settings than in training, which only its last policies do, these of both are compared.
     """
     found = {}
     for pair in artefact["pairs"]:
         specs = [(column, artefact["columns"][column].get("acting", {})) for column in pair]
-        both = [[scores_of(runs.get(row["runs"][name]), acting) for name, acting in specs] for row in artefact["rows"]]
-        both = [of for of in both if all(scores is not None and scores.shape[1] > 1 for scores in of)]
+        first = -1 if any(acting for _, acting in specs) else 0
+        cells = ([(runs.get(row["runs"][name]), acting) for name, acting in specs] for row in artefact["rows"])
+        scored = (of for of in cells if all(run and run.header["reference_returns"] for run, _ in of))
+        both = ([scores_of(*cell) for cell in of] for of in scored)
+        there = (of for of in both if all(scores is not None and scores.shape[1] > 1 for scores in of))
+        both = [[scores[first:] for scores in of] for of in there]
         found |= {tuple(pair): [*zip(*both)]} if len(both) > 1 else {}
     if not found:
         return []
@@ -450,6 +459,8 @@ class Args:
 
 
 def main(args: Args) -> None:
+    if not args.folders:
+        raise SystemExit("Name a folder with runs, such as runs/ or benchmarks/results/tables.")
     if args.condense is not None and len(args.folders) != 1:
         raise SystemExit("--condense takes the runs of one folder.")
     for folder in args.folders:

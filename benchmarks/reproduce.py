@@ -2,13 +2,13 @@
 
     python benchmarks/reproduce.py published matched                 # our own: short runs of EDP and its counterparts
     python benchmarks/reproduce.py table5 --data local               # where there are local datasets of its tasks
-    python benchmarks/reproduce.py fig4 fig7 --data edp/hopper/medium-replay-v0 --scale 0.005 --flags="--preset fast"
+    python benchmarks/reproduce.py fig4 fig7 --data edp/hopper/medium-replay-v1 --scale 0.005 --flags="--preset fast"
     python benchmarks/reproduce.py all --data ~/.d4rl/datasets --on ray --address auto --gpus 0.25
 
-The same command goes on where it was stopped, however that was. A run's folder is named by a hash of all that decides
-its numbers: algorithm, arguments, data, versions, JAX's settings, code. So it is never repeated, nor mixed with
-another's. What needs other settings of acting (Fig. 4 to 7, Table 6) evaluates the last policies of the same runs
-again. Reports go to <folder>/<name>.md, .csv and .png; report.py writes them anew. Several nodes: docs/reproduce.md.
+The same command goes on where it was stopped, however that was. A run's folder is named by a hash of what decides its
+numbers: algorithm, arguments, data, versions, JAX's settings, code. So it is never repeated, nor mixed with another's.
+What needs other settings of acting (Fig. 4 to 7, Table 6) evaluates the last policies of the same runs again. Reports
+go to <folder>/<name>.md, .csv and .png; report.py writes them anew. Several nodes: docs/reproduce.md.
 """
 
 import sys
@@ -39,6 +39,7 @@ from report import PAPER, paper_numbers, read_raw, write_csv, write_reports
 from runner import ROOT, Execution, Job, not_acted, result_of, run_all
 
 from common.harness.checkpoint import write_atomically
+from common.harness import ogbench
 from common.harness.datasets import read_transitions, resolve_task
 from common.harness.devices import jax_settings, pin_jax
 from common.harness.flags import check_flags
@@ -199,16 +200,17 @@ def find_data(choices: tuple[str, ...], tasks: tuple[str, ...]) -> Iterator[Data
             )
         for name in known.get(choice, [choice]) if not files else ():
             task = name if name in TASKS else re.sub(r"-v\d+$", "", name.partition("/")[2]).replace("/", "-")
-            flag, of_paper = "--env-id" if name in TASKS else "--dataset-id", task in PAPER_TASKS
+            is_task, of_paper = name in TASKS or ogbench.knows(name), task in PAPER_TASKS
             differs = (f"{name}: recorded anew, not D4RL's data",) * of_paper
-            yield Data(name, (flag, name), task if of_paper else None, differs)
+            yield Data(name, ("--env-id" if is_task else "--dataset-id", name), task if of_paper else None, differs)
 
 
 def local_dataset(task: str) -> str | None:
     """The newest local dataset <namespace>/<robot>/<quality>-v<n>."""
     root, (robot, _, quality) = get_dataset_path(), task.partition("-")
-    found = sorted(path.parents[1] for path in root.glob(f"*/{robot}/{quality}-v*/data/metadata.json"))
-    return found[-1].relative_to(root).as_posix() if found else None
+    found = [path.parents[1] for path in root.glob(f"*/{robot}/{quality}-v*/data/metadata.json")]
+    version_of = lambda path: (int(path.name.rpartition("-v")[2]), path)
+    return max(found, key=version_of).relative_to(root).as_posix() if found else None
 
 
 # ----------------------------------------------------------------------------------------------------------- planning
@@ -216,13 +218,13 @@ def local_dataset(task: str) -> str | None:
 # Arguments that decide no number, or only through others and the data, which are in the key themselves.
 NO_KEY = {"env_id", "dataset_id", "dataset_path", "preset", "trust", "exp_name", "run_dir", "track", "capture_video"}
 NO_KEY |= {"resume", "checkpoint_every"}
-NO_CODE = {"checkpoint", "flags", "offline", "plots", "process", "recorder"}  # of the harness, what decides none
+NO_CODE = {"checkpoint", "flags", "offline", "plots", "process", "recorder"}  # of the harness, what should decide none
 NO_CODE |= {"recipes", "run"}
 
 
 @functools.cache
-def plan(flags: str, of_all: str, data: Data, args: Args) -> Job:
-    """The run of a column on a dataset. Exits with one sentence if it is impossible."""
+def plan(flags: str, of_all: str, data: Data, args: Args, *acting: tuple[str, Any]) -> Job:
+    """The run of a column on a dataset, and how its last policy acts. Exits with one sentence if that is impossible."""
     algorithm, *own = shlex.split(flags)
     own += ["--num-seeds", str(args.num_seeds), *shlex.split(of_all), *shlex.split(args.flags), *data.flags]
     parsed = tyro.cli(importlib.import_module(f"algorithms.{algorithm}").Args, prog=f"{algorithm}.py", args=own)
@@ -235,13 +237,25 @@ def plan(flags: str, of_all: str, data: Data, args: Args) -> Job:
     every = max(1, round(resolved.num_updates * args.scale / evaluations))
     resolved = dataclasses.replace(resolved, num_updates=every * evaluations, eval_every=every)
     own += ["--num-updates", str(resolved.num_updates), "--eval-every", str(resolved.eval_every)]
+    if not resolved.eval_episodes:
+        raise SystemExit(f"There is nothing to evaluate in for {data.name}, or --eval-episodes is 0.")
+    try:
+        dataclasses.replace(resolved, **dict(acting))
+    except ValueError as error:
+        raise SystemExit(f"Impossible flags: {error}.") from None
 
     settings = {name: value for name, value in dataclasses.asdict(resolved).items() if name not in NO_KEY}
-    versions = {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
-    decides = [algorithm, settings, task.env_id, digest, versions, jax_settings(), code_digest(algorithm)]
-    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
+    key = key_of([algorithm, settings, task.env_id, digest, versions(), jax_settings(), code_digest(algorithm)])
     folder = args.folder / slug(data.name) / f"{slug(algorithm)}-{key}"  # not of the flags: some say a default
-    return Job(folder, algorithm, tuple(own), resolved.num_updates)
+    return Job(folder, algorithm, tuple(own), resolved.num_updates, (dict(acting),) * bool(acting))
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
+
+
+def key_of(decides: list) -> str:
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def slug(text: str) -> str:
@@ -283,17 +297,17 @@ def plan_artefact(name: str, args: Args, jobs: dict[Path, Job]) -> dict[str, Any
         return record
     for data in dict.fromkeys(find_data(chosen, artefact.tasks)):
         data = data._replace(task=None, differs=()) if artefact.pairs else data
-        flags = {column: spec["flags"] for column, spec in artefact.columns.items()}
+        of_column = lambda spec: plan(spec["flags"], artefact.flags, data, args, *spec.get("acting", {}).items())
         try:
-            planned = {column: plan(own, artefact.flags, data, args) for column, own in flags.items()}
+            planned = {column: of_column(spec) for column, spec in artefact.columns.items()}
         except SystemExit as error:
             if not isinstance(error.code, str):  # of tyro, which has said what is wrong
                 raise
             impossible[data.name] = error.code
             continue
-        for column, job in planned.items():
-            acting = [artefact.columns[column]["acting"]] if "acting" in artefact.columns[column] else []
-            jobs[job.folder] = job._replace(acting=(*jobs.get(job.folder, job).acting, *acting))
+        for job in planned.values():
+            before = jobs.get(job.folder, job._replace(acting=()))
+            jobs[job.folder] = job._replace(acting=before.acting + job.acting)
         names = {column: job.folder.relative_to(args.folder).as_posix() for column, job in planned.items()}
         rows.append({"data": data.name, "task": data.task, "differs": data.differs, "runs": names})
     if not rows:
@@ -342,7 +356,9 @@ def hyperparameters(_: Args) -> Iterator[dict[str, str]]:
 
 def speeds(args: Args) -> Iterator[dict[str, str]]:
     """Lines of Fig. 2 and C.5, measured before anything else runs on this machine."""
-    file, names = args.folder / "speed-here.json", ("dql", "edp_no_ap", "edp_no_dpm_100", "edp_td3bc", "td3bc")
+    names = "dql", "edp_no_ap", "edp_no_dpm_100", "edp_td3bc", "td3bc"
+    decides = [args.scale < 1, versions(), jax_settings(), *map(code_digest, ("dql_baseline", "edp_td3bc", "td3bc"))]
+    file = args.folder / f"speed-here-{key_of(decides)}.json"
     if not file.exists():
         command = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), "--sections", "updates", "acting"]
         command += ["--only", *names, "--results-dir", str(args.folder), "--name", "here.part"]
@@ -374,6 +390,8 @@ def main(args: Args) -> None:
         shlex.split(args.flags)
     except ValueError as error:
         raise SystemExit(f"--flags cannot be split into words: {error}.") from None
+    if re.search(r"--(env|dataset)[-_](id|path)\b", args.flags):
+        raise SystemExit("--data chooses the data; leave --env-id, --dataset-id and --dataset-path out of --flags.")
     jobs: dict[Path, Job] = {}
     of_paper = [name for name, artefact in ARTEFACTS.items() if not artefact.pairs]
     named = [of_paper if name == "all" else [name] for name in args.artefacts]

@@ -43,10 +43,11 @@ def short(data: str, between: str) -> str:
     return re.sub(r"[/-]", between, re.sub(r"^edp/|-v\d+$", "", data), count=1)
 
 
-def scores(name: str, of: dict[str, Samples], behaviour: dict[str, float]) -> str:
+def scores(name: str, data: list[str], of: dict[str, Samples], behaviour: dict[str, float]) -> str:
     """A row for each algorithm; the interquartile mean of those whose runs are all finished."""
-    heads = [name, *(short(data, "<br>") for data in behaviour), "IQM,<br>95 %"]
-    lines = [dict(zip(heads, ["behaviour", *(f"{score:.1f}" for score in behaviour.values()), "-"]))]
+    heads = [name, *(short(of_data, "<br>") for of_data in data), "IQM,<br>95 %"]
+    cells = [f"{behaviour[of_data]:.1f}" if of_data in behaviour else "-" for of_data in data]
+    lines = [dict(zip(heads, ["behaviour", *cells, "-"]))]
     for title, samples in of.items():
         cells = ["-" if x is None else f"{x.mean():.1f} ± {x.std(ddof=1):.1f}" for x in samples]
         whole = "{iqm:.1f} [{iqm_low:.1f}, {iqm_high:.1f}]"
@@ -58,10 +59,10 @@ def scores(name: str, of: dict[str, Samples], behaviour: dict[str, float]) -> st
 
 def differences(names: list[str]) -> str:
     """What report.py has of each artefact's pairs, in one table."""
-    number, lines = lambda text: float(text) if "." in text else int(text), []
+    lines = []
     for name in names:
         for row in read_csv(TABLES / f"{name}-pairs.csv"):
-            (line,) = pairs.lines_of([{key: text if key == "pair" else number(text) for key, text in row.items()}])
+            (line,) = pairs.lines_of([{key: text if key == "pair" else float(text) for key, text in row.items()}])
             lines.append(line | {"": line[""] + ("" if "best" in line[""] else f", {name}")})
     return markdown([dict(zip(["difference", *list(line)[1:]], line.values())) for line in lines])
 
@@ -100,7 +101,9 @@ def main() -> None:
         if (best := f"{column}, four best") in of["four-best"]:
             published[best] = of["four-best"][best]
     behaviour, text = behaviour_scores(artefacts["published"], runs), PAGE.read_text()
-    tables = [scores("published", published, behaviour), scores("matched", of["matched"], behaviour)]
+    data = [row["data"] for row in artefacts["published"]["rows"]]
+    columns = {"published": published, "matched": of["matched"]}
+    tables = [scores(name, data, of_name, behaviour) for name, of_name in columns.items()]
     for table in [*tables, differences([*STYLES])]:
         head, rest = text.split(table[: table.index("|", 1)], 1)  # the page's table begins with the same cell
         text = head + table + "\n\n" + rest.partition("\n\n")[2]

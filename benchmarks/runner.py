@@ -26,6 +26,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from common.harness import devices
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = {"run", "update", "critics", "seed", "episode", "return", "length"}  # of acting.csv; the rest are settings
 # Before the script: cores to run on, and, on Linux, a SIGTERM when the parent dies. In a process of its own: what runs
@@ -104,6 +106,7 @@ def result_of(header: dict, returns: list[dict], acting: list[dict]) -> Result:
 
     trained = scores((int(row["update"]), row) for row in returns if int(row["update"]))  # 0: before training
     last = [row for row in acting if int(row["update"]) == args["num_updates"] and not row["critics"]]
+    last = [row for row in last if int(row["episode"]) < args["eval_episodes"]]  # acting.py may have played more
     settings = lambda row: {name: row[name] for name in row.keys() - RECORDED}
     acted = scores((other_settings(args, settings(row)), row) for row in last)
     return Result(header, list(trained), np.reshape(list(trained.values()), (-1, shape[0])), acted)
@@ -123,14 +126,17 @@ def not_acted(job: Job, run: Result) -> list[dict[str, Any]]:
 def next_command(job: Job) -> list[str] | None:
     """What is to be done next of a job; None if nothing is."""
     script, checkpoints = [str(ROOT / "algorithms" / f"{job.algorithm}.py")], job.folder.glob("checkpoint-*.eqx")
-    names = {file.name for file in checkpoints}
-    if not names or not (job.folder / "args.json").exists():  # which is written after the first checkpoint
-        return [*script, *job.flags, "--run-dir", str(job.folder)]
+    names, anew = {file.name for file in checkpoints}, [*script, *job.flags, "--run-dir", str(job.folder)]
+    if not (job.folder / "args.json").exists():  # which is written after the first checkpoint
+        return anew
     run = result_of(*read_run(job.folder))
-    if f"checkpoint-{job.num_updates}.eqx" not in names or job.num_updates not in run.updates:
-        return [*script, "--resume", str(job.folder)]
-    if not (missing := not_acted(job, run)):
+    trained, missing = job.num_updates in run.updates, not_acted(job, run)
+    if trained and not missing:  # a run that was kept has no checkpoints
         return None
+    if not names:
+        return anew
+    if not trained or f"checkpoint-{job.num_updates}.eqx" not in names:
+        return [*script, "--resume", str(job.folder)]
     missing = [each for each in missing if each.keys() == missing[0].keys()]  # acting.py combines their values
     values = {name: dict.fromkeys(str(each[name]) for each in missing) for name in missing[0]}
     flags = [part for name, each in values.items() for part in ("--" + name.replace("_", "-"), *each)]
@@ -225,7 +231,9 @@ def gpu_share(i: int, gpus: float) -> dict[str, str]:
     size, sharing = math.ceil(gpus), int(1 / gpus) or 1
     given = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range((i + 1) * size)))
     first = i // sharing * size
-    return {"CUDA_VISIBLE_DEVICES": ",".join(given.split(",")[first : first + size])} | memory_share(gpus)
+    if len(own := given.split(",")[first : first + size]) < size:
+        raise SystemExit(f"CUDA_VISIBLE_DEVICES={given} is too few for {i + 1} runs at a time; lower --jobs or --gpus.")
+    return {"CUDA_VISIBLE_DEVICES": ",".join(own)} | memory_share(gpus)
 
 
 def memory_share(gpus: float) -> dict[str, str]:
@@ -241,8 +249,8 @@ def run_ray(jobs: Iterable[Job], how: Execution) -> Iterator[tuple[Job, str | No
         import ray
     except ImportError:
         raise SystemExit("--on ray needs Ray: `pip install ray` first, or leave --on out.") from None
-    own = [name for name in os.environ if name.startswith(("MINARI_", "XDG_", "JAX_", "XLA_", "MUJOCO_"))]
-    env = {name: os.environ[name] for name in own} | memory_share(how.gpus)
+    of_runs = lambda name: name in devices.RECORDED or name.startswith(("MINARI_", "XDG_", "JAX_", "XLA_", "MUJOCO_"))
+    env = {name: os.environ[name] for name in filter(of_runs, os.environ)} | memory_share(how.gpus)
     path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])}
     try:
         if how.address not in (None, "auto"):
@@ -258,7 +266,7 @@ def run_ray(jobs: Iterable[Job], how: Execution) -> Iterator[tuple[Job, str | No
         print(
             f"A run waits for {how.cores:g} cores and {how.gpus:g} GPUs, which the cluster does not have.", flush=True
         )
-    tasks = {remote.remote(job, env): job for job in jobs}
+    tasks = {remote.remote(job._replace(folder=job.folder.absolute()), env): job for job in jobs}
     try:
         while tasks:
             (task, *_), _ = ray.wait(list(tasks))

@@ -41,6 +41,7 @@ import numpy as np
 import tyro
 
 from common.harness import Dataset, Evaluator
+from common.harness.checkpoint import write_atomically
 from common.harness.devices import seed_keys, set_up_jax
 from common.harness.run import PACKAGES, git_commit
 from common.harness.tasks import ENVIRONMENTS, LOCOMOTION, with_domain_defaults
@@ -229,6 +230,8 @@ def read_peers(path: Path) -> dict:
 
 def record(settings: Settings, sections: dict[str, Callable], suffix: str = "") -> tuple[dict, Path]:
     """Measures the sections; every row is in the file as soon as it is known. Returns all results, and their file."""
+    if settings.repeats < 1 or not settings.seconds > 0:
+        raise SystemExit("--repeats and --seconds have to be positive.")
     set_up_jax()
     jax.config.update("jax_enable_compilation_cache", False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -247,7 +250,8 @@ def record(settings: Settings, sections: dict[str, Callable], suffix: str = "") 
         print(f"\n{section}")
         for row_name, row in measure_rows(settings):
             results.setdefault(section, {})[row_name] = row | origin
-            file.write_text(json.dumps(results, indent=1))
+            text = json.dumps(results, indent=1).encode()
+            write_atomically(file, lambda stream: stream.write(text))
     return results, file
 
 
@@ -290,6 +294,8 @@ def main(args: Args) -> None:
     peers = None if args.peers_json is None else read_peers(args.peers_json)
     if args.quick:
         names, sections = [name for name in QUICK if name in args.only], [s for s in args.sections if s != "growth"]
+        if not names:
+            raise SystemExit(f"--quick measures {', '.join(QUICK)} alone; leave it out.")
         args = replace(args, repeats=3, seconds=0.3, only=names, sections=sections)
     functions = {"updates": updates, "acting": acting, "growth": growth}
     results, file = record(args, {name: functions[name] for name in args.sections}, "-quick" if args.quick else "")

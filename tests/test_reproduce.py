@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import jax
 import numpy as np
+import pairs
 import pytest
 import report
 import reproduce
@@ -118,7 +119,7 @@ def test_the_papers_number_stands_in_a_column_of_its_own_and_is_marked_where_the
     assert (tmp_path / "t.png").stat().st_size > 0
 
 
-def test_pairs_of_columns_are_compared(tmp_path, write_run):
+def test_pairs_of_columns_are_compared(tmp_path, write_run, monkeypatch):
     rows = []
     for data, lead in {"some-data": 40.0, "other-data": 0.0}.items():
         of_seeds = np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]])
@@ -128,15 +129,23 @@ def test_pairs_of_columns_are_compared(tmp_path, write_run):
         runs = {"EDP + IQL": f"{data}-a", "IQL": f"{data}-b", "N = 3": f"{data}-b", "CRR": "not there"}
         rows.append({"data": data, "task": None, "runs": runs, "differs": []})
     rows.append(rows[0] | {"data": "unfinished", "runs": rows[0]["runs"] | {"IQL": "not there", "N = 3": "not there"}})
+    for name in "ab":  # has no scores
+        write_run(f"raw-{name}", np.full((2, 3, 2), 1000.0), reference=None, acting=[(3, 0, 0, 5.0)])
+    runs = rows[0]["runs"] | {"EDP + IQL": "raw-a", "IQL": "raw-b", "N = 3": "raw-b"}
+    rows.append(rows[0] | {"data": "raw", "runs": runs})
     columns = {name: {} for name in rows[0]["runs"]} | {"N = 3": {"acting": {"num_eval_actions": 3}}}
     artefact = artefact_of(*rows, columns=columns, pairs=[["EDP + IQL", name] for name in ("IQL", "N = 3", "CRR")])
+    drawn, draw = [], pairs.draw
+    monkeypatch.setattr(pairs, "draw", lambda *args: drawn.append(args) or draw(*args))
     text = report.write_report(tmp_path, "t", artefact, report.read_runs(tmp_path))
+    tried = {pair[1]: [len(of[0]) for of in both] for pair, both in drawn[0][1].items()}
+    assert tried == {"IQL": [6, 6], "N = 3": [3, 3]}, "all evaluations, or of both the last ones"
     row, acting_with_three = rows_of(tmp_path / "t-pairs.csv")
     assert [float(acting_with_three[name]) for name in ("mean", "mean_least", "mean_most")] == [10, -10, 30]
     assert [float(row[name]) for name in ("mean", "mean_least", "mean_most")] == [20, 0, 40]
     assert (row["improvement"], row["ahead"], row["behind"]) == ("0.75", "1", "0")
     assert "| EDP + IQL less IQL |" in text and "| 0.0 to 40.0 |" in text and "| 1, 0 of 2 |" in text
-    assert "\n\n7 of 12 cells are finished;" in text
+    assert "\n\n9 of 16 cells are finished;" in text
     assert (tmp_path / "t-pairs.png").stat().st_size > 0
 
 
@@ -165,7 +174,7 @@ def test_a_mean_has_the_papers_beside_it_when_all_its_tasks_are_there_and_is_non
         write_run(task, np.full((2, 2, 1), 30.0 * i), reference=(0.0, 100.0))
         rows.append(row_of(task, task))
     for count, paper in ((3, "59.4"), (2, "")):
-        cells = report.cells_of(artefact_of(*rows[:count]), report.read_runs(tmp_path))
+        cells = report.cells_of(artefact_of(*rows[:count], tasks=tasks[:count]), report.read_runs(tmp_path))
         (mean,) = [c for c in cells if c["data"] == f"kitchen, mean of {count} of 3 tasks" and c["metric"] == "RAT"]
         assert (mean["mean"], mean["paper"]) == (15.0 * (count - 1), paper)
     write_run("raw", np.ones((2, 2, 1)), reference=None)
@@ -203,7 +212,7 @@ def test_a_panel_shows_edp_with_its_counterpart_or_a_setting_with_the_first():
     assert report.groups_of(["fast", "a", "b"]) == [["fast", "a"], ["fast", "b"]]
 
 
-def test_condensed_runs_hold_every_value_and_give_the_same_report(tmp_path, write_run):
+def test_condensed_runs_hold_every_value_and_give_the_same_report(tmp_path, write_run, exit_sentence):
     acting = [(3, seed, j, 0.5 * j) for seed in range(3) for j in range(4)]
     write_run("runs/a/x", np.random.default_rng(0).normal(size=(2, 3, 4)), acting=acting)
     columns = {"EDP + IQL": {"flags": "edp_iql"}, "N = 3": {"flags": "edp_iql", "acting": {"num_eval_actions": 3}}}
@@ -215,6 +224,12 @@ def test_condensed_runs_hold_every_value_and_give_the_same_report(tmp_path, writ
     assert before == after and "41.5" in after  # N = 3: the mean of 0, 0.5, 1 and 1.5, from -20 to 30
     rows = [row for row in rows_of(tmp_path / "condensed" / "returns.csv") if row.pop("run") == "a/x"]
     assert rows == rows_of(tmp_path / "runs" / "a" / "x" / "eval.csv")
+
+    (tmp_path / "runs" / "a" / "x" / "acting.csv").unlink()
+    report.condense(tmp_path / "runs", tmp_path / "condensed")
+    assert not report.read_runs(tmp_path / "condensed")["a/x"].acting, "nothing of before is left"
+    write_run("others/y", np.ones((2, 3, 4)))
+    assert "does not have" in exit_sentence(report.condense, tmp_path / "others", tmp_path / "condensed")
 
 
 def test_finished_runs_that_are_kept_are_taken_and_not_run_again(tmp_path, write_run, exit_sentence):
@@ -231,6 +246,7 @@ def test_finished_runs_that_are_kept_are_taken_and_not_run_again(tmp_path, write
     np.testing.assert_array_equal(taken.scores, original.scores)
     ((settings, scores),) = taken.acting.items()
     np.testing.assert_array_equal(scores, original.acting[settings])
+    assert next_command(acted) is None and "--run-dir" in next_command(of("y"))
 
     (acted.folder / "checkpoint-20.eqx").touch()  # a run of this folder's own, which may have acted more often
     (acted.folder / "acting.csv").write_text("its own")
@@ -259,11 +275,14 @@ def test_published_tables_recompute_from_the_results(tmp_path):
 
 
 def test_local_datasets_and_d4rl_files_are_found_by_their_names(datasets, tmp_path):
-    for name in ("edp/hopper/medium-replay-v0", "edp/hopper/medium-v0", "edp/hopper/medium-v1", "dapg/pen/mixed-v0"):
+    names = "edp/hopper/medium-replay-v0", "edp/hopper/medium-v9", "edp/hopper/medium-v10", "x/hopper/medium-v2"
+    for name in (*names, "dapg/pen/mixed-v0"):
         (datasets / name / "data").mkdir(parents=True)
         (datasets / name / "data" / "metadata.json").touch()
     found = {data.name: data.task for data in reproduce.find_data(("local",), reproduce.PAPER_TASKS)}
-    assert found == {"edp/hopper/medium-v1": "hopper-medium", "edp/hopper/medium-replay-v0": "hopper-medium-replay"}
+    assert found == {"edp/hopper/medium-v10": "hopper-medium", "edp/hopper/medium-replay-v0": "hopper-medium-replay"}
+    task = "cube-single-play-singletask-task2-v0"
+    assert next(reproduce.find_data((task,), ())).flags == ("--env-id", task)
     made = {data.name: data.task for data in reproduce.find_data(("made",), ())}
     assert len(made) == 8 and made["edp/hopper/medium-v1"] == "hopper-medium" and made["edp/pen/mixed-v1"] is None
     files = {
@@ -330,9 +349,15 @@ def test_the_key_changes_with_all_that_decides_the_numbers_and_with_nothing_else
         ({"data": ("nobody/has/this-v0",)}, "Dataset nobody/has/this-v0 is not in "),
         ({"data": ("local",)}, "has none of table2's tasks"),
         ({"data": ("no/such/folder",)}, "--data no/such/folder: there is no such folder"),
+        ({"flags": "--dataset-id edp/pen/expert-v1"}, "--data chooses the data"),
+        ({"data": ("pointmaze-umaze",), "flags": "--eval-episodes 0"}, "nothing to evaluate in"),
+        (
+            {"artefacts": ("fig4",), "data": ("pointmaze-umaze",), "flags": "--average-best 4"},
+            "4 of --num-eval-actions 1",
+        ),
     ],
 )
-def test_bad_arguments_get_one_sentence(datasets, tmp_path, changes, sentence):
+def test_bad_arguments_get_one_sentence(pointmaze_datasets, tmp_path, changes, sentence):
     args = reproduce.Args(**{"artefacts": ("table2",), "folder": tmp_path / "out"} | changes)
     with pytest.raises(SystemExit, match=sentence):
         reproduce.main(args)
@@ -449,9 +474,11 @@ def test_a_job_waits_for_the_process_that_holds_its_folder(tmp_path):
     ("gpus", "given", "devices"),
     [(0.25, "", "00001"), (0.3, "", "00011"), (1, "", "01234"), (2, "", "0,1 2,3 4,5 6,7 8,9"), (1, "4,2", "42")],
 )
-def test_runs_at_a_time_share_the_gpus_that_there_are(monkeypatch, gpus, given, devices):
+def test_runs_at_a_time_share_the_gpus_that_there_are(monkeypatch, gpus, given, devices, exit_sentence):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     for i, expected in enumerate(devices.split() if " " in devices else devices):
         env = gpu_share(i, gpus)
         assert env["CUDA_VISIBLE_DEVICES"] == expected
         assert float(env["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == pytest.approx(0.9 * min(gpus, 1), abs=0.01)
+    if given:
+        assert f"too few for {i + 2} runs at a time" in exit_sentence(gpu_share, i + 1, gpus)

@@ -175,6 +175,19 @@ def test_a_write_that_fails_ends_the_run_with_a_sentence_and_what_was_saved_is_g
     same_run(home / "whole", run)
 
 
+def test_what_is_saved_takes_the_place_of_later_checkpoints_which_were_damaged(tmp_path):
+    for update in (6, 9, 12, 10):
+        save_checkpoint(tmp_path, {"weights": np.zeros(1)}, {"update": update})
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-10.eqx", "checkpoint-9.eqx"]
+
+
+def test_a_table_that_another_program_wrote_is_left_alone(train, tmp_path, exit_sentence):
+    table = tmp_path / "whole" / "eval.csv"
+    table.write_text(text := table.read_text().replace(",", ";"))
+    assert "another heading" in exit_sentence(train, bc, resume=str(tmp_path / "whole"))
+    assert table.read_text() == text
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     header = {"update": 1, "dataset": {}}
     with pytest.raises(CheckpointError, match="not finite"):

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import re
+import signal
 import sys
 import time
 import types
@@ -18,7 +19,7 @@ import pytest
 from helpers import TINY, make_args, rows_of
 
 from algorithms import bc
-from common.harness import Behaviour, Run
+from common.harness import Behaviour, Run, process
 from common.harness.checkpoint import checkpoints
 from common.harness.devices import episode_keys
 from common.harness.run import resumed
@@ -94,9 +95,9 @@ def test_a_name_stays_in_its_place(name, tmp_path, monkeypatch, exit_sentence):
 def test_divergence_is_traced_to_its_update_and_seed(tmp_path, exit_sentence):
     losses = np.ones((10, 2), np.float32)  # (updates, seeds)
     with begin(tmp_path / "run", seed=5) as run:
-        run.recorder.metrics(10, {"policy_loss": losses}, {})
+        run.save(10, {"weights": np.zeros(3)}, {"policy_loss": jnp.asarray(losses)})
         losses[3, 1] = np.nan
-        sentence = exit_sentence(run.recorder.metrics, 20, {"policy_loss": losses}, {})
+        sentence = exit_sentence(run.save, 20, {"weights": np.zeros(3)}, {"policy_loss": jnp.asarray(losses)})
     assert "policy_loss is nan at update 14 of seed 6; a lower --learning-rate" in sentence
     assert [row["update"] + row["seed"] for row in rows_of(tmp_path / "run" / "metrics.csv")] == ["105", "106"]
 
@@ -132,10 +133,15 @@ def test_chunks_divide_rows_which_divide_the_evaluation_interval(tmp_path, eval_
     assert (run.row, run.chunk) == (row, chunk)
 
 
-def test_a_row_is_the_mean_of_its_chunks(tmp_path):
-    with begin(tmp_path / "run", num_updates=2000, eval_every=200) as run:
-        for update, loss in ((100, 1.0), (200, 4.0)):
-            run.save(update, {"weights": np.zeros(3)}, {"policy_loss": jnp.full((100, 2), loss)})
+def test_a_row_is_the_mean_of_its_chunks_and_a_signal_waits_for_one_of_them_alone(tmp_path, monkeypatch):
+    save = lambda run, update, loss: run.save(update, {"w": np.zeros(3)}, {"policy_loss": jnp.full((100, 2), loss)})
+    with pytest.raises(SystemExit) as left, begin(tmp_path / "run", num_updates=2000, eval_every=200) as run:
+        monkeypatch.setattr(process, "received", [signal.SIGTERM])
+        save(run, 100, 1.0)
+    assert left.value.code == 143
+    monkeypatch.setattr(process, "received", [])
+    with begin(None, num_updates=2000, eval_every=200, resume=str(tmp_path / "run")) as run:
+        save(run, 200, 4.0)
     rows = rows_of(tmp_path / "run" / "metrics.csv")
     assert [(row["update"], row["policy_loss"]) for row in rows] == [("200", "2.5")] * 2
 
@@ -179,7 +185,7 @@ def test_each_seed_is_tracked_by_a_run_of_its_own_which_resume_goes_on_with(tmp_
     ids = []
     for change in {}, {"resume": str(tmp_path / "run")}:
         with begin(tmp_path / "run", seed=5, track=True, **change) as run:
-            run.recorder.metrics(10, {"policy_loss": np.array([[1.0, 2.0]])}, {})
+            run.recorder.metrics(10, {"policy_loss": np.array([1.0, 2.0])}, {})
             ids.append([tracker.id for tracker in run.recorder.trackers])
             for tracker, seed, loss in zip(run.recorder.trackers, (5, 6), (1, 2), strict=True):
                 assert (tracker.project, tracker.entity, tracker.group) == ("mine", "us", "run")

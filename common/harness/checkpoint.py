@@ -44,7 +44,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def save_checkpoint(folder: Path, state, header: dict) -> None:
-    """Saves the training state after update header["update"], and removes all but the newest `KEPT` checkpoints.
+    """Saves the training state after update header["update"], and removes all checkpoints but it and `KEPT - 1` before.
 
     Raises OSError, and CheckpointError if the state is not finite.
     """
@@ -55,8 +55,10 @@ def save_checkpoint(folder: Path, state, header: dict) -> None:
     eqx.tree_serialise_leaves(payload, state)
     parts = b"%s %s\n" % (FORMAT, hashlib.sha256(payload.getbuffer()).hexdigest().encode()), payload.getbuffer()
     write_atomically(folder / f"checkpoint-{header['update']}.eqx", lambda file: file.writelines(parts))
-    for old in checkpoints(folder)[KEPT:]:
-        old.unlink(missing_ok=True)
+    paths = checkpoints(folder)
+    at = [path.name for path in paths].index(f"checkpoint-{header['update']}.eqx")
+    for other in paths[:at] + paths[at + KEPT :]:  # later ones were damaged
+        other.unlink(missing_ok=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -37,7 +37,7 @@ def cli(args_class: type[T], args: Sequence[str] | None = None) -> T:
     parsed = tyro.cli(nested, args=args, description=args_class.__doc__, config=config)
     try:
         return args_class(**{name: value for box in vars(parsed).values() for name, value in vars(box).items()})
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         raise SystemExit(f"Impossible flags: {error}.") from None
 
 
@@ -52,4 +52,4 @@ def check_flags(args) -> None:
                 if isinstance(bound, Bound) and value is not None and not bound.holds(value):
                     raise SystemExit(f"{flag} must be {bound.allowed}, but is {value}.")
     if args.seed + args.num_seeds > 2**31:
-        raise SystemExit(f"--seed must be below 2^31, but is {args.seed}.")
+        raise SystemExit(f"--seed {args.seed} and --num-seeds {args.num_seeds} must add up to 2^31 at most.")

@@ -43,6 +43,10 @@ def held_back_states(dataset: Dataset, ends: np.ndarray, gamma: float) -> HeldBa
     return HeldBack(dataset.obs[index], dataset.action[index], paid, discount, dataset.next_obs[end - 1])
 
 
+_mean_q = jax.jit(jax.vmap(lambda critics, obs, action: twin_q(critics, obs, action).min(axis=0).mean()))
+_values = jax.jit(jax.vmap(lambda value, obs: jax.vmap(value)(obs), (0, None)))
+
+
 def columns(state) -> list[str]:
     """The diagnostics that a training state has."""
     return [name for field, names in DIAGNOSTICS.items() if hasattr(state, field) for name in names]
@@ -63,12 +67,10 @@ def diagnose(
         "bounds_data": np.full(len(keys), at_bound(held.action).mean()),
     }
     if hasattr(state, "critics"):
-        q = jax.jit(jax.vmap(lambda critics, obs, action: twin_q(critics, obs, action).min(axis=0).mean()))
-        found["q_policy"] = np.mean([q(state.critics, obs, action) for action in samples], axis=0)
-        found["q_data"] = np.asarray(q(state.critics, obs, np.broadcast_to(held.action, samples[0].shape)))
+        found["q_policy"] = np.mean([_mean_q(state.critics, obs, action) for action in samples], axis=0)
+        found["q_data"] = np.asarray(_mean_q(state.critics, obs, np.broadcast_to(held.action, samples[0].shape)))
     if hasattr(state, "value"):
-        v_of = jax.jit(jax.vmap(lambda value, obs: jax.vmap(value)(obs), (0, None)))
-        v, last_v = (np.asarray(v_of(state.value, of), np.float64) for of in (held.obs, held.last_obs))
+        v, last_v = (np.asarray(_values(state.value, of), np.float64) for of in (held.obs, held.last_obs))
         returns = held.paid + held.discount * last_v
         found["value_bias"] = (v - returns).mean(axis=1)
         v, returns = ((of - of.mean(axis=1, keepdims=True)) for of in (v, returns))

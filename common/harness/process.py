@@ -20,13 +20,14 @@ received: list[int] = []  # the signals that wait
 
 def _handle(number: int, frame) -> None:
     received.append(number)
-    while not waiting and frame:
+    if waiting or len(received) > 1:
+        return
+    while frame:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             _leave()
             os._exit(128 + number)  # an exception while a C++ extension is loaded may end in abort()
         frame = frame.f_back
-    if not waiting:
-        sys.exit(128 + number)
+    sys.exit(128 + number)
 
 
 def _watch(pipe: int) -> None:
@@ -35,9 +36,8 @@ def _watch(pipe: int) -> None:
     A parent that dies may send one for each of its threads, and a terminal that closes two kinds: these count as one.
     """
     os.read(pipe, 1)
-    until = time.monotonic()
+    until = time.monotonic() + 1  # seconds
     if waiting:
-        until += 1  # seconds
         print("\nStopping when these updates are saved; a second signal stops at once.", file=sys.stderr, flush=True)
     while number := os.read(pipe, 1)[0]:
         if time.monotonic() > until:
@@ -69,7 +69,8 @@ def install() -> None:
         if getattr(sys, name) is None:  # closed: this takes its number, before the pipe or a file of the run would
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
             os.set_inheritable(getattr(sys, name).fileno(), True)
-        getattr(sys, name).reconfigure(errors="replace")  # a character that the terminal does not have
+        # a character that the terminal does not have; a line is in the log at once
+        getattr(sys, name).reconfigure(errors="replace", line_buffering=True)
     pipe, end = os.pipe()
     os.set_blocking(end, False)
     signal.set_wakeup_fd(end, warn_on_full_buffer=False)
@@ -82,5 +83,6 @@ def install() -> None:
     os.environ.pop("MPLBACKEND", None)  # a notebook's: matplotlib would look for it, and fail
 
 
-if Path(sys.argv[0]).resolve().parent.name in ("algorithms", "benchmarks"):  # not in a notebook, nor in a test
+of_ours = Path(sys.argv[0]).resolve().parent.name in ("algorithms", "benchmarks")
+if of_ours and "ipykernel" not in sys.modules:  # not in a notebook, nor in a test
     install()

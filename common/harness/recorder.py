@@ -116,13 +116,8 @@ class Recorder:
         self.bar.set_postfix_str(what or score, refresh=False)
         self.bar.update(update - self.bar.n)
 
-    def metrics(
-        self,
-        update: int,
-        metrics: dict[str, Float[np.ndarray, "updates seeds"]],
-        diagnostics: dict[str, Float[np.ndarray, " seeds"]],
-    ) -> None:
-        """Records a chunk's metrics by their means, and diagnostics after it. Exits if a metric is not finite."""
+    def check(self, update: int, metrics: dict[str, Float[np.ndarray, "updates seeds"]]) -> None:
+        """Exits if a metric of the updates up to `update` is not finite."""
         for name, value in metrics.items():
             if not np.isfinite(value).all():
                 index, seed = np.argwhere(~np.isfinite(value))[0]
@@ -131,8 +126,16 @@ class Recorder:
                     f"seed {self.seeds[seed]}; a lower --learning-rate or --max-grad-norm may help. "
                     f"Everything until then is in {self.folder}/."
                 )
-        means = {name: value.mean(axis=0, dtype=np.float64) for name, value in metrics.items()}
-        rate = self.bar.format_dict["rate"] or update / max(self.bar.format_dict["elapsed"], 1e-9)
+
+    def metrics(
+        self,
+        update: int,
+        means: dict[str, Float[np.ndarray, " seeds"]],
+        diagnostics: dict[str, Float[np.ndarray, " seeds"]],
+    ) -> None:
+        """Records the means of some updates' metrics, and diagnostics after them."""
+        elapsed = max(self.bar.format_dict["elapsed"], 1e-9)
+        rate = self.bar.format_dict["rate"] or (update - self.bar.initial) / elapsed
         names = "update", "seed", "updates_per_second", *means, *diagnostics
         heading = [names] if self.files["metrics"].tell() == 0 else []
         rows = zip(self.seeds, zip(*means.values(), *diagnostics.values()))
@@ -188,6 +191,8 @@ class Recorder:
         """All rows are on the disk when this returns. Raises OSError."""
         for file in self.files.values():
             os.fsync(file.fileno())
+        for board in self.boards:
+            board.flush()
 
     def close(self) -> None:
         self.bar.close()
@@ -206,12 +211,17 @@ class Recorder:
             tracker.finish()
 
     def diagnostics(self) -> dict[str, Float[np.ndarray, "diagnosed seeds"]]:
-        """Those of metrics.csv, and their updates; {} if there are none."""
-        with open(self.folder / "metrics.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("action_distance", "nan") != "nan"]
-        names = [name for of_field in DIAGNOSTICS.values() for name in of_field if rows and name in rows[0]]
-        values = {name: [float(row[name]) for row in rows] for name in ("update", *names)}
-        return {name: np.reshape(of, (-1, len(self.seeds))) for name, of in values.items() if rows}
+        """Those of metrics.csv that all seeds have, and their updates; {} if there are none."""
+        (_, heading), *table = _read_table(self.folder / "metrics.csv", self.args.num_updates) or [(0, "update")]
+        names, found = heading.split(","), {}
+        for update, row in table:
+            found.setdefault(update, []).append(row.split(","))
+        whole = [of for update, of in found.items() if update is not None and len(of) == len(self.seeds)]
+        values = np.array(whole, float).reshape(-1, len(self.seeds), len(names))
+        values = {name: values[..., i] for i, name in enumerate(names)}
+        there = ~np.isnan(values.get("action_distance", np.nan * values["update"])).any(axis=1)
+        of_policy = [name for of_field in DIAGNOSTICS.values() for name in of_field if name in names]
+        return {name: values[name][there] for name in ("update", *of_policy) if there.any()}
 
     def results(self) -> dict[str, np.ndarray]:
         """The last score, the best evaluation (OMS) and the mean of the last ten (RAT), or diagnostics, by seed."""
@@ -244,6 +254,8 @@ def _read_table(file: Path, last: int) -> list[tuple[int | None, str]]:
     A damaged row at the end was cut off and is left out.
     """
     heading, *rows = file.read_text("latin-1").split("\n") if file.exists() else [""]
+    if rows and not heading.startswith("update,seed,"):
+        raise SystemExit(f"{file} has another heading than runs write. Mend its first line, or move the file away.")
 
     def update_of(row: str) -> int | None:
         with contextlib.suppress(ValueError):

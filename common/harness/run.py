@@ -58,7 +58,7 @@ from common.harness.tasks import Task, differences
 PACKAGES = ("jax", "jaxlib", "equinox", "optax", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
 MIN_CHUNK, MAX_CHUNK = 100, 1000  # updates between two signs of life, and between two rows of metrics
 MIN_SPACE = 2**24  # bytes that the folder's file system has left
-FREE = ("num_updates", "checkpoint_every", "trust", "capture_video")  # what --resume may change
+FREE = ("num_updates", "checkpoint_every", "dataset_path", "trust", "capture_video")  # what --resume may change
 
 
 class Run:
@@ -99,7 +99,7 @@ class Run:
             write_atomically(self.folder / "args.json", lambda file: file.write(text))
         except OSError as error:
             raise SystemExit(f"Cannot write to the run directory: {error}.") from None
-        self.command = f"python {os.path.relpath(script)} --resume {shlex.quote(str(self.folder))}"
+        self.command = shlex.join(["python", os.path.relpath(script), "--resume", str(self.folder)])
         self.recorder = Recorder(self.folder, algorithm, args, task, behaviour)
         if wandb:
             try:
@@ -148,6 +148,7 @@ class Run:
             if old.get(name) != self.header[name]:
                 print(f"Note: {name} differ from those that the run began with; its numbers may, too.")
         self.header |= {"id": old["id"], "update": old["update"]}
+        self.chunks = old.get("chunks", [])
         return folder
 
     def _lock(self, folder: Path) -> None:
@@ -183,6 +184,8 @@ class Run:
             self.recorder.open(self.header["update"])
         self.recorder.start_bar(self.header["update"])
         process.waiting = not self._evaluation_due(self.header["update"])
+        if process.received and not process.waiting:
+            sys.exit(128 + process.received[0])
         self.saved_at = time.monotonic()
         return self
 
@@ -199,31 +202,29 @@ class Run:
                 state = read_state(*self.checkpoint, state)
             except CheckpointError as error:
                 raise SystemExit(f"The checkpoint in {self.folder}/ cannot be used: {error}.") from None
+            del self.checkpoint  # a whole one in memory
         return to_devices(state, over_seeds=True), self.header["update"]
 
     def save(self, update: int, state, metrics: dict[str, Float[Array, "updates seeds"]]) -> None:
         """Takes a chunk; records those that make a row. Then saves if an evaluation is next, --checkpoint-every minutes
         have passed, or a signal waits.
         """
-        self.chunks.append({name: np.asarray(value) for name, value in metrics.items()})
+        metrics = {name: np.asarray(value) for name, value in metrics.items()}
+        self.recorder.check(update, metrics)
+        self.chunks.append({name: value.mean(axis=0, dtype=np.float64).tolist() for name, value in metrics.items()})
         self.recorder.show(update)
-        if update % self.row:
-            return
-        metrics, self.chunks = {name: np.concatenate([of[name] for of in self.chunks]) for name in metrics}, []
-        before_evaluation, found = update % self.args.eval_every == 0, {}
-        if not self.args.eval_episodes:
-            found = dict.fromkeys(offline.columns(state), np.full(self.args.num_seeds, np.nan))
-            if before_evaluation:
-                act = lambda obs, keys: self.act(state, obs, keys, 0, self.args)
-                keys = episode_keys(self.act_keys, update, (offline.NUM_SAMPLES, len(self.held.obs)))
-                found = offline.diagnose(state, act, self.held, keys)
-        with self._writing():
-            self.recorder.metrics(update, metrics, found)
+        before_evaluation = update % self.args.eval_every == 0
+        if update % self.row == 0:
+            means = {name: np.mean([of[name] for of in self.chunks], axis=0) for name in metrics}
+            found = {} if self.args.eval_episodes else self._diagnostics(update, state, before_evaluation)
+            with self._writing():
+                self.recorder.metrics(update, means, found)
+            self.chunks = []
         if before_evaluation or process.received or time.monotonic() > self.saved_at + 60 * self.args.checkpoint_every:
             try:
                 with self._writing():
                     self.recorder.sync()  # a checkpoint says that all rows until then are there
-                    save_checkpoint(self.folder, state, self.header | {"update": update})
+                    save_checkpoint(self.folder, state, self.header | {"update": update, "chunks": self.chunks})
             except CheckpointError as error:
                 raise SystemExit(f"Training diverged: after update {update} {error}.") from None
             self.header["update"], self.saved_at = update, time.monotonic()
@@ -231,6 +232,14 @@ class Run:
             if process.received:
                 sys.exit(128 + process.received[0])
             process.waiting = not self._evaluation_due(update)
+
+    def _diagnostics(self, update: int, state, are_due: bool) -> dict[str, Float[np.ndarray, " seeds"]]:
+        """Of a run without evaluations; not a number where they are not due."""
+        if not are_due:
+            return dict.fromkeys(offline.columns(state), np.full(self.args.num_seeds, np.nan))
+        act = lambda obs, keys: self.act(state, obs, keys, 0, self.args)
+        keys = episode_keys(self.act_keys, update, (offline.NUM_SAMPLES, len(self.held.obs)))
+        return offline.diagnose(state, act, self.held, keys)
 
     def _evaluation_due(self, update: int) -> bool:
         is_time = update % self.args.eval_every == 0 and (update > 0 or self.eval_untrained)
@@ -260,7 +269,9 @@ class Run:
         self.recorder.close()
         os.close(self.lock)
         if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|Out of memory", str(error)):
-            raise SystemExit("There is not enough memory: lower --batch-size or --num-seeds.") from None
+            text, update = "There is not enough memory: lower --batch-size or --num-seeds.", self.header["update"]
+            saved = f" Or go on after update {update} where there is more: {self.command}" if update else ""
+            raise SystemExit(text + saved) from None
         if error is not None and not isinstance(getattr(error, "code", None), str):  # which says all
             print(f"Stopped after update {self.header['update']}. To go on: {self.command}", file=sys.stderr)
 
