@@ -4,6 +4,7 @@ In this process; what signals and kill -9 do to a process of its own is in test_
 """
 
 import importlib
+import json
 import os
 import re
 import resource
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from helpers import ALGORITHMS, TINY, damaged, make_args, quickly, record_hopper, returns_of, same_run
 
+import common.harness.run
 from algorithms import bc, td3bc
 from common.harness import Evaluator, load_run
 from common.harness.checkpoint import CheckpointError, checkpoints, save_checkpoint
@@ -96,6 +98,17 @@ def test_so_it_is_on_two_devices_that_share_the_seeds():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     process = subprocess.run([sys.executable, "-m", "pytest", test], env=env, capture_output=True, text=True)
     assert "1 passed" in process.stdout, process.stdout
+
+
+def test_what_a_run_began_with_stays_on_record_and_so_does_what_it_goes_on_with(train, tmp_path, monkeypatch, capsys):
+    run, of = tmp_path / "whole", lambda: json.loads((tmp_path / "whole" / "args.json").read_text())
+    began = of()
+    monkeypatch.setattr(common.harness.run, "git_commit", lambda: "another")
+    for num_updates in (15, 18):
+        train(bc, resume=str(run), num_updates=num_updates)
+        assert "Note: git_commit differ from those that the run began with" in capsys.readouterr().out
+    assert of()["git_commit"] == began["git_commit"] and began["continued"] == []
+    assert of()["continued"] == [{"update": update, "git_commit": "another"} for update in (12, 15)]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train, home, tmp_path, capsys, exit_sentence):

@@ -91,6 +91,7 @@ class Run:
             "git_commit": git_commit(),
             "device": f"{jax.devices()[0].device_kind}, {cores} core(s)",  # over which XLA shares out its sums
             "id": secrets.token_hex(4),  # the run's, wherever its folder goes
+            "continued": [],  # by --resume where something of the above was another: after which update, what then
             "update": 0,
         }
         try:
@@ -144,10 +145,12 @@ class Run:
         changed = [f"{name} {was}, now {now}" for name, (was, now) in data.items() if was != now]
         if changed:
             raise SystemExit(f"The data have changed since the run in {folder}/ began: {', '.join(changed)}.")
-        for name in ("versions", "jax_settings", "device", "git_commit"):
-            if old.get(name) != self.header[name]:
-                print(f"Note: {name} differ from those that the run began with; its numbers may, too.")
-        self.header |= {"id": old["id"], "update": old["update"]}
+        about = "versions", "jax_settings", "device", "git_commit"
+        now = {name: self.header[name] for name in about if old.get(name) != self.header[name]}
+        for name in now:
+            print(f"Note: {name} differ from those that the run began with; its numbers may, too.")
+        self.header |= {name: old[name] for name in (*about, "id", "update") if name in old}
+        self.header["continued"] = old.get("continued", []) + [{"update": old["update"]} | now] * bool(now)
         self.chunks = old.get("chunks", [])
         return folder
 
