@@ -417,8 +417,8 @@ def write_alone(folder: Path, name: str, artefact: dict, cells: list[dict], runs
 def write_pairs(folder: Path, name: str, artefact: dict, runs: dict[str, Result]) -> list[str]:
     """Writes <name>-pairs.csv and .png, of each pair on the datasets where both are there; returns the Markdown.
 
-    They need two datasets with scores, of which one is left out, and two seeds. Where one of a pair acts with other
-    settings than in training, which only its last policies do, these of both are compared.
+    They need two seeds, and two datasets with scores, of which one is left out in turn. If one of a pair acts with
+    other settings than in training, last policies alone are compared: no others were evaluated so.
     """
     found = {}
     for pair in artefact["pairs"]:
@@ -431,6 +431,8 @@ def write_pairs(folder: Path, name: str, artefact: dict, runs: dict[str, Result]
         both = [[scores[first:] for scores in of] for of in there]
         found |= {tuple(pair): [*zip(*both)]} if len(both) > 1 else {}
     if not found:
+        for file in folder.glob(f"{name}-pairs.*"):
+            file.unlink()
         return []
     last = {pair: [[scores[-1] for scores in of] for of in both] for pair, both in found.items()}
     policies = {pair: [[scores.ravel() for scores in of] for of in both] for pair, both in found.items()}

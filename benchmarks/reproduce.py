@@ -24,6 +24,7 @@ import importlib
 import itertools
 import json
 import math
+import platform
 import re
 import shlex
 import subprocess
@@ -38,8 +39,8 @@ from minari.storage.datasets_root_dir import get_dataset_path
 from report import PAPER, paper_numbers, read_raw, write_csv, write_reports
 from runner import ROOT, Execution, Job, not_acted, result_of, run_all
 
-from common.harness.checkpoint import write_atomically
 from common.harness import ogbench
+from common.harness.checkpoint import write_atomically
 from common.harness.datasets import read_transitions, resolve_task
 from common.harness.devices import jax_settings, pin_jax
 from common.harness.flags import check_flags
@@ -208,9 +209,9 @@ def find_data(choices: tuple[str, ...], tasks: tuple[str, ...]) -> Iterator[Data
 def local_dataset(task: str) -> str | None:
     """The newest local dataset <namespace>/<robot>/<quality>-v<n>."""
     root, (robot, _, quality) = get_dataset_path(), task.partition("-")
-    found = [path.parents[1] for path in root.glob(f"*/{robot}/{quality}-v*/data/metadata.json")]
-    version_of = lambda path: (int(path.name.rpartition("-v")[2]), path)
-    return max(found, key=version_of).relative_to(root).as_posix() if found else None
+    paths = (path.parents[1] for path in root.glob(f"*/{robot}/{quality}-v*/data/metadata.json"))
+    found = [(int(number[1]), path) for path in paths if (number := re.search(r"-v(\d+)$", path.name))]
+    return max(found)[1].relative_to(root).as_posix() if found else None
 
 
 # ----------------------------------------------------------------------------------------------------------- planning
@@ -238,7 +239,7 @@ def plan(flags: str, of_all: str, data: Data, args: Args, *acting: tuple[str, An
     resolved = dataclasses.replace(resolved, num_updates=every * evaluations, eval_every=every)
     own += ["--num-updates", str(resolved.num_updates), "--eval-every", str(resolved.eval_every)]
     if not resolved.eval_episodes:
-        raise SystemExit(f"There is nothing to evaluate in for {data.name}, or --eval-episodes is 0.")
+        raise SystemExit(f"{data.name} names no environment to evaluate in, or --eval-episodes is 0.")
     try:
         dataclasses.replace(resolved, **dict(acting))
     except ValueError as error:
@@ -357,7 +358,8 @@ def hyperparameters(_: Args) -> Iterator[dict[str, str]]:
 def speeds(args: Args) -> Iterator[dict[str, str]]:
     """Lines of Fig. 2 and C.5, measured before anything else runs on this machine."""
     names = "dql", "edp_no_ap", "edp_no_dpm_100", "edp_td3bc", "td3bc"
-    decides = [args.scale < 1, versions(), jax_settings(), *map(code_digest, ("dql_baseline", "edp_td3bc", "td3bc"))]
+    code = [code_digest(algorithm) for algorithm in ("dql_baseline", "edp_td3bc", "td3bc")]
+    decides = [platform.node(), args.scale < 1, versions(), jax_settings(), code]
     file = args.folder / f"speed-here-{key_of(decides)}.json"
     if not file.exists():
         command = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), "--sections", "updates", "acting"]

@@ -138,13 +138,16 @@ def test_a_file_of_each_domain_is_read_and_evaluated_in_the_environment_that_fit
         assert env.unwrapped.tasks_to_complete == {"microwave", "kettle", "bottom burner", "light switch"}
 
 
-def test_a_policy_is_learned_from_a_file_and_scored(tmp_path, quick_networks):
+def test_a_policy_is_learned_from_a_file_and_scored_and_the_run_goes_on_where_the_file_went(tmp_path, quick_networks):
     path = record_hopper(tmp_path / "hopper.hdf5")
     few = {"num_updates": 2, "eval_episodes": 1, "batch_size": 8, "run_dir": str(tmp_path / "run")}
     results = bc.train(bc.Args(env_id="hopper-medium-replay", dataset_path=str(path), **few))
     (row,) = rows_of(tmp_path / "run" / "eval.csv")
     score = normalized_score(TASKS["hopper-medium-replay"].environment, np.array([float(row["return"])]))
     np.testing.assert_allclose(results["last"], score, rtol=1e-6)
+    moved = path.rename(tmp_path / "moved.hdf5")
+    again = bc.train(bc.Args(resume=str(tmp_path / "run"), dataset_path=str(moved)))
+    np.testing.assert_array_equal(again["last"], results["last"])
 
 
 def test_antmaze_keeps_the_terminals_of_its_file(tmp_path):

@@ -95,7 +95,7 @@ def test_a_second_signal_and_one_before_the_run_leave_at_once(home):
     startup = time.monotonic() - begun
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGHUP)
-    assert any("a second signal stops at once" in line for line in process.stdout)
+    assert any("another signal, a second later, stops at once" in line for line in process.stdout)
     time.sleep(1.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)

@@ -275,8 +275,8 @@ def test_published_tables_recompute_from_the_results(tmp_path):
 
 
 def test_local_datasets_and_d4rl_files_are_found_by_their_names(datasets, tmp_path):
-    names = "edp/hopper/medium-replay-v0", "edp/hopper/medium-v9", "edp/hopper/medium-v10", "x/hopper/medium-v2"
-    for name in (*names, "dapg/pen/mixed-v0"):
+    names = "medium-replay-v0", "medium-v9", "medium-v10", "medium-v11.old"
+    for name in (*(f"edp/hopper/{name}" for name in names), "x/hopper/medium-v2", "dapg/pen/mixed-v0"):
         (datasets / name / "data").mkdir(parents=True)
         (datasets / name / "data" / "metadata.json").touch()
     found = {data.name: data.task for data in reproduce.find_data(("local",), reproduce.PAPER_TASKS)}
@@ -350,7 +350,7 @@ def test_the_key_changes_with_all_that_decides_the_numbers_and_with_nothing_else
         ({"data": ("local",)}, "has none of table2's tasks"),
         ({"data": ("no/such/folder",)}, "--data no/such/folder: there is no such folder"),
         ({"flags": "--dataset-id edp/pen/expert-v1"}, "--data chooses the data"),
-        ({"data": ("pointmaze-umaze",), "flags": "--eval-episodes 0"}, "nothing to evaluate in"),
+        ({"data": ("pointmaze-umaze",), "flags": "--eval-episodes 0"}, "no environment to evaluate in"),
         (
             {"artefacts": ("fig4",), "data": ("pointmaze-umaze",), "flags": "--average-best 4"},
             "4 of --num-eval-actions 1",

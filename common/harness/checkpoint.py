@@ -44,7 +44,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def save_checkpoint(folder: Path, state, header: dict) -> None:
-    """Saves the training state after update header["update"], and removes all checkpoints but it and `KEPT - 1` before.
+    """Saves the training state after update header["update"], and removes all others but the `KEPT - 1` before it.
 
     Raises OSError, and CheckpointError if the state is not finite.
     """
@@ -54,9 +54,10 @@ def save_checkpoint(folder: Path, state, header: dict) -> None:
     payload.write(json.dumps({**header, "structure": str(jax.tree.structure(state))}).encode() + b"\n")
     eqx.tree_serialise_leaves(payload, state)
     parts = b"%s %s\n" % (FORMAT, hashlib.sha256(payload.getbuffer()).hexdigest().encode()), payload.getbuffer()
-    write_atomically(folder / f"checkpoint-{header['update']}.eqx", lambda file: file.writelines(parts))
+    path = folder / f"checkpoint-{header['update']}.eqx"
+    write_atomically(path, lambda file: file.writelines(parts))
     paths = checkpoints(folder)
-    at = [path.name for path in paths].index(f"checkpoint-{header['update']}.eqx")
+    at = paths.index(path)
     for other in paths[:at] + paths[at + KEPT :]:  # later ones were damaged
         other.unlink(missing_ok=True)
 

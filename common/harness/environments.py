@@ -220,7 +220,7 @@ def _breaking_down(seed: int, update: int, episode: int, step: int) -> Iterator[
 class Evaluator:
     """Copies of an environment for a batch of seeds, kept for the whole run.
 
-    Every copy plays one episode and is then left alone, so there is no automatic reset to get wrong. A copy's start
+    A copy is reset before each episode and left alone after it: no automatic reset can go wrong. A copy's start
     depends on (seed, update, episode) only: seeds trained together see what each would see alone. The first episode of
     the first seed becomes a video in the folder `videos`, if there is one.
     """

@@ -7,6 +7,7 @@ closed stream.
 """
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -36,12 +37,15 @@ def _watch(pipe: int) -> None:
     A parent that dies may send one for each of its threads, and a terminal that closes two kinds: these count as one.
     """
     os.read(pipe, 1)
-    until = time.monotonic() + 1  # seconds
     if waiting:
-        print("\nStopping when these updates are saved; a second signal stops at once.", file=sys.stderr, flush=True)
-    while number := os.read(pipe, 1)[0]:
-        if time.monotonic() > until:
-            os._exit(128 + number)
+        text = "\nStopping when these updates are saved; another signal, a second later, stops at once."
+        print(text, file=sys.stderr, flush=True)
+    time.sleep(1)
+    os.set_blocking(pipe, False)
+    with contextlib.suppress(BlockingIOError):
+        os.read(pipe, 4096)  # what has come since then
+    os.set_blocking(pipe, True)
+    os._exit(128 + os.read(pipe, 1)[0])
 
 
 def _leave(kind=None, error=None, traceback=None) -> None:

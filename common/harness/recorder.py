@@ -1,6 +1,7 @@
 """What a run records beside its checkpoints: tables of numbers, TensorBoard, Weights & Biases, the bar, pictures.
 
-Nothing here ends a run but numbers that are not finite: OSError goes to the caller, who knows what was saved.
+Only numbers that are not finite, and a table with another heading, end a run here: OSError goes to the caller, who
+knows what was saved.
 """
 
 import contextlib
@@ -65,7 +66,7 @@ class Recorder:
     def open(self, update: int) -> None:
         """Goes on with the tables after an update. What is later, or was cut off, is removed; all else stays as it is.
 
-        Raises OSError.
+        Raises OSError; exits if a table has another heading.
         """
         for left in self.folder.glob("*.tmp"):
             left.unlink()
@@ -95,6 +96,7 @@ class Recorder:
             self.boards.append(tensorboardX.SummaryWriter(str(board), purge_step=update + 1))
 
     def start_bar(self, update: int) -> None:
+        self.begun = update
         if update < self.args.num_updates:
             print("Compiling: about half a minute, once. Further runs of this shape start at once.", flush=True)
         often = {"miniters": 0, "mininterval": 0.5 if sys.stderr.isatty() else 10}  # seconds; a file keeps each
@@ -135,7 +137,7 @@ class Recorder:
     ) -> None:
         """Records the means of some updates' metrics, and diagnostics after them."""
         elapsed = max(self.bar.format_dict["elapsed"], 1e-9)
-        rate = self.bar.format_dict["rate"] or (update - self.bar.initial) / elapsed
+        rate = self.bar.format_dict["rate"] or (update - self.begun) / elapsed
         names = "update", "seed", "updates_per_second", *means, *diagnostics
         heading = [names] if self.files["metrics"].tell() == 0 else []
         rows = zip(self.seeds, zip(*means.values(), *diagnostics.values()))
@@ -212,16 +214,18 @@ class Recorder:
 
     def diagnostics(self) -> dict[str, Float[np.ndarray, "diagnosed seeds"]]:
         """Those of metrics.csv that all seeds have, and their updates; {} if there are none."""
-        (_, heading), *table = _read_table(self.folder / "metrics.csv", self.args.num_updates) or [(0, "update")]
-        names, found = heading.split(","), {}
-        for update, row in table:
-            found.setdefault(update, []).append(row.split(","))
-        whole = [of for update, of in found.items() if update is not None and len(of) == len(self.seeds)]
+        table = _read_table(self.folder / "metrics.csv", self.args.num_updates)
+        names, found = table[0][1].split(",") if table else [], {}
+        if "action_distance" not in names:
+            return {}
+        for update, row in table[1:]:
+            if update is not None:
+                found.setdefault(update, []).append(row.split(","))
+        whole = [of for of in found.values() if len(of) == len(self.seeds)]
         values = np.array(whole, float).reshape(-1, len(self.seeds), len(names))
-        values = {name: values[..., i] for i, name in enumerate(names)}
-        there = ~np.isnan(values.get("action_distance", np.nan * values["update"])).any(axis=1)
+        values = values[~np.isnan(values[..., names.index("action_distance")]).any(axis=1)]
         of_policy = [name for of_field in DIAGNOSTICS.values() for name in of_field if name in names]
-        return {name: values[name][there] for name in ("update", *of_policy) if there.any()}
+        return {name: values[..., names.index(name)] for name in ("update", *of_policy)} if len(values) else {}
 
     def results(self) -> dict[str, np.ndarray]:
         """The last score, the best evaluation (OMS) and the mean of the last ten (RAT), or diagnostics, by seed."""
@@ -251,7 +255,7 @@ def mean_and_deviation(values: np.ndarray, form: str = ".1f") -> str:
 def _read_table(file: Path, last: int) -> list[tuple[int | None, str]]:
     """The heading, as of update 0, and the rows of updates up to `last`, each with its update; None if it is damaged.
 
-    A damaged row at the end was cut off and is left out.
+    A damaged row at the end was cut off and is left out. Exits if the heading is another.
     """
     heading, *rows = file.read_text("latin-1").split("\n") if file.exists() else [""]
     if rows and not heading.startswith("update,seed,"):

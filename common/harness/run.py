@@ -91,7 +91,7 @@ class Run:
             "git_commit": git_commit(),
             "device": f"{jax.devices()[0].device_kind}, {cores} core(s)",  # over which XLA shares out its sums
             "id": secrets.token_hex(4),  # the run's, wherever its folder goes
-            "continued": [],  # by --resume where something of the above was another: after which update, what then
+            "continued": [],  # by --resume: after which update, and what was not as in the beginning
             "update": 0,
         }
         try:
@@ -142,15 +142,19 @@ class Run:
         self._lock(folder)
         self.checkpoint = old, _ = newest_header(folder)
         data = {name: (old["dataset"].get(name), value) for name, value in self.header["dataset"].items()}
-        changed = [f"{name} {was}, now {now}" for name, (was, now) in data.items() if was != now]
+        differ = {name: of for name, of in data.items() if of[0] != of[1] and name != "dataset"}  # a file may move
+        changed = [f"{name} {was}, now {now}" for name, (was, now) in differ.items()]
         if changed:
             raise SystemExit(f"The data have changed since the run in {folder}/ began: {', '.join(changed)}.")
         about = "versions", "jax_settings", "device", "git_commit"
         now = {name: self.header[name] for name in about if old.get(name) != self.header[name]}
         for name in now:
             print(f"Note: {name} differ from those that the run began with; its numbers may, too.")
+        if old["args"]["num_updates"] != self.args.num_updates:
+            now["num_updates"] = self.args.num_updates
         self.header |= {name: old[name] for name in (*about, "id", "update") if name in old}
-        self.header["continued"] = old.get("continued", []) + [{"update": old["update"]} | now] * bool(now)
+        before = old.get("continued", [])
+        self.header["continued"] = before + [{"update": old["update"]} | now] * bool(before or now)
         self.chunks = old.get("chunks", [])
         return folder
 
@@ -187,8 +191,6 @@ class Run:
             self.recorder.open(self.header["update"])
         self.recorder.start_bar(self.header["update"])
         process.waiting = not self._evaluation_due(self.header["update"])
-        if process.received and not process.waiting:
-            sys.exit(128 + process.received[0])
         self.saved_at = time.monotonic()
         return self
 
@@ -251,6 +253,8 @@ class Run:
     def evaluate(self, update: int, state) -> None:
         """Plays and records the evaluation that is due after an update, if one is."""
         if self._evaluation_due(update):
+            if process.received:  # before training began
+                sys.exit(128 + process.received[0])
 
             def policy(obs, keys, step):
                 self.recorder.show(update, f"evaluating, step {step}")
@@ -308,7 +312,7 @@ def resumed(args):
         if given[name] != getattr(saved, name):
             raise SystemExit(
                 f"--resume goes on with the settings of its run, in which {name} is {getattr(saved, name)}; only "
-                f"{' and '.join('--' + free.replace('_', '-') for free in FREE)} can be given with it."
+                f"{', '.join('--' + free.replace('_', '-') for free in FREE)} can be given with it."
             )
     longer = given.get("num_updates", saved.num_updates) - saved.num_updates
     if longer < 0:
