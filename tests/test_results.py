@@ -209,6 +209,8 @@ def of_five_seeds() -> list[str]:
     by_mean = lambda row: sample_of(runs("tables")[row["runs"]["IQL"]], {"num_eval_actions": 1}, "last").mean()
     with_temperature = {data: by_mean(rows[data]) for data in (halfcheetah, antmaze)}
 
+    assert sum(score("CRR", data, "matched") < score("CRR", data) for data in range(6)) == 5, "costs points on five"
+    assert all(score("IQL", data, "matched") < mean for data, mean in with_temperature.items()), "on both"
     taken = {data: score("TD3+BC", data, "matched") - score("TD3+BC", data) for data in (hopper, antmaze)}
     assert abs(lead("TD3+BC", replay, "matched")) < 0.05, "level"
 
