@@ -90,7 +90,7 @@ class Args:
     policy: Literal["gaussian", "diffusion"] = "gaussian"
     """what is fitted to the actions; a Gaussian does not use the diffusion's flags"""
     top_fraction: UnitInterval[float] = 1.0
-    """share of the episodes that is cloned, those with the largest returns: 0.1 for "10% BC" (D25)"""
+    """share of the episodes that is cloned, those with the best scores: 0.1 for "10% BC" (D25)"""
 
     def __post_init__(self):  # what is impossible raises ValueError
         make_schedule(self.beta_schedule, self.num_diffusion_steps)

@@ -19,6 +19,7 @@ import csv
 import io
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -31,7 +32,6 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from runner import Result, other_settings, read_csv, read_run, result_of
-from scipy import stats
 
 from common.harness.checkpoint import write_atomically
 from common.harness.recorder import RAT_WINDOW, mean_and_deviation
@@ -121,12 +121,11 @@ def summary(samples: list[np.ndarray]) -> dict[str, float | None]:
     """Of scores (seeds,) of some tasks: mean and deviation over seeds of the mean over tasks; interquartile mean with
     its 95 % interval, from a bootstrap that draws seeds anew within each task (Agarwal et al. 2021)."""
     of_seeds = np.mean([sample[: min(map(len, samples))] for sample in samples], axis=0)
-    iqm = lambda *drawn, axis=-1: stats.trim_mean(np.concatenate(drawn, axis=axis), 0.25, axis=axis)
-    numbers = {"seeds": len(of_seeds), "mean": of_seeds.mean(), "deviation": None, "iqm": iqm(*samples)}
+    numbers = {"seeds": len(of_seeds), "mean": of_seeds.mean(), "deviation": None, "iqm": pairs.iqm(samples)}
     if len(of_seeds) == 1:
         return numbers | {"iqm_low": None, "iqm_high": None}
-    interval = stats.bootstrap(samples, iqm, n_resamples=2000, method="percentile", rng=0).confidence_interval
-    return numbers | {"deviation": of_seeds.std(ddof=1), "iqm_low": interval.low, "iqm_high": interval.high}
+    iqm = pairs.estimate(lambda scores, _, axis: pairs.iqm(scores, axis), samples, [])
+    return numbers | {"deviation": of_seeds.std(ddof=1), "iqm_low": iqm.low, "iqm_high": iqm.high}
 
 
 def lines_of(artefact: dict, runs: dict[str, Result]) -> list[tuple[str, str | None, list[dict]]]:
@@ -309,16 +308,17 @@ def draw_alone(artefact: dict, of: list[str], runs: dict[str, Result], behaviour
     figure = Figure(figsize=(6.4, 0.6 + 2 * -(-len(artefact["rows"]) // 3)), layout="constrained")
     axes = figure.subplots(-(-len(artefact["rows"]) // 3), 3, sharex=True, sharey=True, squeeze=False)
     for ax, row in zip(axes.flat, artefact["rows"]):
-        for column in (name for name in artefact["columns"] if row["runs"][name] in runs):
-            _, updates, scores, _ = runs[row["runs"][column]]
+        begun = {column: run for column in artefact["columns"] if (run := runs.get(row["runs"][column]))}
+        for column, (_, updates, scores, _) in begun.items():
             thousands = np.divide(updates, 1000)
             style = {"color": "0.65", "linewidth": 0.8, "zorder": 1, "label": "all others"}
             if column in of:
-                style = {"color": f"C{1 - of.index(column)}", "marker": "o", "markersize": 4, "label": column}
+                style = {"color": f"C{(1 - of.index(column)) % 10}", "marker": "o", "markersize": 4, "label": column}
                 ax.fill_between(thousands, *np.quantile(scores, [0, 1], axis=1), color=style["color"], alpha=0.2)
             ax.plot(thousands, scores.mean(axis=1), **style)
-        ax.axhline(behaviour[row["data"]], color="black", linestyle=":", linewidth=1, label="the data")
-        ax.set_title(row["data"].replace("-", "\n", 1), fontsize=11.5)
+        if row["data"] in behaviour:
+            ax.axhline(behaviour[row["data"]], color="black", linestyle=":", linewidth=1, label="the data")
+        ax.set_title(short(row["data"], "\n"), fontsize=11.5)
         ax.tick_params(labelsize=11.5)
     figure.supxlabel("thousand updates", fontsize=11.5)
     figure.supylabel("score", fontsize=11.5)
@@ -354,6 +354,11 @@ def draw_speed(lines: list[dict[str, str]], file: Path) -> None:
     axes[0].set_yticks(y, [line[""] for line in lines])
     axes[0].invert_yaxis()
     save(figure, axes, file)
+
+
+def short(data: str, between: str) -> str:
+    """edp/hopper/medium-v1 and pointmaze-large in two lines."""
+    return re.sub(r"[/-]", between, re.sub(r"^edp/|-v\d+$", "", data), count=1)
 
 
 def labelled(axes: Iterable[Axes]) -> dict[str, Artist]:
@@ -406,7 +411,9 @@ def write_report(folder: Path, name: str, artefact: dict, runs: dict[str, Result
 def write_alone(folder: Path, name: str, artefact: dict, cells: list[dict], runs: dict[str, Result]) -> None:
     """Writes <name>-<algorithm>.md and .png, the last scores and the curves of each algorithm, for its page."""
     behaviour, columns = behaviour_scores(artefact, runs), {}
-    for column, run in artefact["rows"][0]["runs"].items():
+    finished = dict.fromkeys(cell["column"] for cell in cells)
+    for column in (column for column in artefact["columns"] if column in finished):
+        (run, *_) = (row["runs"][column] for row in artefact["rows"] if row["runs"][column] in runs)
         columns.setdefault(runs[run].header["algorithm"], []).append(column)
     for algorithm, of in columns.items():
         rows = [cell for cell in cells if cell["column"] in of and cell["metric"] == "last"]

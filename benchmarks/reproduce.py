@@ -30,7 +30,6 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -45,7 +44,7 @@ from common.harness.datasets import read_transitions, resolve_task
 from common.harness.devices import jax_settings, pin_jax
 from common.harness.flags import check_flags
 from common.harness.recorder import RAT_WINDOW
-from common.harness.run import PACKAGES
+from common.harness.run import versions
 from common.harness.tasks import ADROIT, ANTMAZE, KITCHEN, LOCOMOTION, TASKS, Task, with_domain_defaults
 from common.recipes import RECIPES
 
@@ -79,6 +78,7 @@ class Artefact(NamedTuple):
     tasks: tuple[str, ...] = PAPER_TASKS
     kind: Literal["table", "means", "sweep", "hyperparameters", "speeds"] = "table"
     pairs: tuple[tuple[str, str], ...] = ()  # columns to compare: of this project's own tables
+    alone: bool = False  # a table and curves for each algorithm's page, too
     data: tuple[str, ...] = ("paper",)
     flags: str = ""  # of all runs
 
@@ -124,9 +124,10 @@ ARTEFACTS = {
     "fig6": sweep("Fig. 6: scaled policy", "policy_temperature", 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, num_eval_actions=1),
     "fig7": sweep("Fig. 7: scaled initial noise", "init_noise_scale", 0.0, 0.25, 0.5, 0.75, 1.0, num_eval_actions=1),
     "published": Artefact(
-        "Nine algorithms, each with its own paper's candidates, weights, temperature and targets",
+        "Nine algorithms with their own temperature, weights and targets",
         columns=columns(*list(COLUMNS)[:9]),
         pairs=(*PAIRS, ("EDP + TD3+BC", "Diffusion-QL")),
+        alone=True,
         **SHORT,
     ),
     "matched": Artefact(
@@ -248,11 +249,7 @@ def plan(flags: str, of_all: str, data: Data, args: Args, *acting: tuple[str, An
     settings = {name: value for name, value in dataclasses.asdict(resolved).items() if name not in NO_KEY}
     key = key_of([algorithm, settings, task.env_id, digest, versions(), jax_settings(), code_digest(algorithm)])
     folder = args.folder / slug(data.name) / f"{slug(algorithm)}-{key}"  # not of the flags: some say a default
-    return Job(folder, algorithm, tuple(own), resolved.num_updates, (dict(acting),) * bool(acting))
-
-
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
+    return Job(folder, algorithm, tuple(own), resolved.num_updates, (dict(acting),) * bool(acting), parsed.trust)
 
 
 def key_of(decides: list) -> str:
@@ -322,7 +319,7 @@ def plan_artefact(name: str, args: Args, jobs: dict[Path, Job]) -> dict[str, Any
         f"{lengths} updates ({f'--scale {args.scale:g} {args.flags}'.strip()})": args.scale != 1 or args.flags,
         f"seeds: {args.num_seeds}, where the paper has {SEEDS}": args.num_seeds != SEEDS,
     }
-    return record | {"rows": rows, "differs": [text for text, holds in differs.items() if holds]}
+    return record | {"rows": rows, "differs": [text for text, holds in differs.items() if holds and artefact.source]}
 
 
 def take_kept(kept: Path, jobs: dict[Path, Job], folder: Path) -> None:
@@ -392,8 +389,8 @@ def main(args: Args) -> None:
         shlex.split(args.flags)
     except ValueError as error:
         raise SystemExit(f"--flags cannot be split into words: {error}.") from None
-    if re.search(r"--(env|dataset)[-_](id|path)\b", args.flags):
-        raise SystemExit("--data chooses the data; leave --env-id, --dataset-id and --dataset-path out of --flags.")
+    if found := re.search(r"--((env|dataset)[-_](id|path)|num[-_]seeds)\b", args.flags):
+        raise SystemExit(f"Leave {found[0]} out of --flags: --data chooses the data, --num-seeds how many seeds.")
     jobs: dict[Path, Job] = {}
     of_paper = [name for name, artefact in ARTEFACTS.items() if not artefact.pairs]
     named = [of_paper if name == "all" else [name] for name in args.artefacts]

@@ -16,13 +16,12 @@ import warnings
 import numpy as np
 import pairs
 from matplotlib.figure import Figure
-from report import behaviour_scores, markdown, read_csv, read_runs, sample_of, save, summary
-from runner import Result
+from report import behaviour_scores, markdown, read_csv, read_runs, sample_of, save, short, summary
+from runner import ROOT, Result
 from scipy import stats
 
 from common.harness.checkpoint import write_atomically
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE, TABLES = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results" / "tables"
 COUNTERPARTS = ("TD3+BC", "CRR", "IQL")
 STYLES = {  # of each artefact in the figure: where beside the others, how drawn
@@ -36,11 +35,6 @@ Samples = list[np.ndarray | None]  # last scores (seeds,) of each dataset; None 
 def samples_of(artefact: dict, column: str, runs: dict[str, Result]) -> Samples:
     acting = artefact["columns"][column].get("acting", {})
     return [sample_of(runs.get(row["runs"][column]), acting, "last") for row in artefact["rows"]]
-
-
-def short(data: str, between: str) -> str:
-    """edp/hopper/medium-v1 and pointmaze-large in two lines."""
-    return re.sub(r"[/-]", between, re.sub(r"^edp/|-v\d+$", "", data), count=1)
 
 
 def scores(name: str, data: list[str], of: dict[str, Samples], behaviour: dict[str, float]) -> str:

@@ -49,6 +49,7 @@ class Job(NamedTuple):
     flags: tuple[str, ...]
     num_updates: int
     acting: tuple[dict[str, Any], ...] = ()  # settings that differ from the run's own, one dict for each evaluation
+    trust: str = ""  # which neither a run that goes on nor acting.py takes from a file
 
     @property
     def name(self) -> str:
@@ -135,12 +136,13 @@ def next_command(job: Job) -> list[str] | None:
         return None
     if not names:
         return anew
+    trust = ["--trust", job.trust] * bool(job.trust)
     if not trained or f"checkpoint-{job.num_updates}.eqx" not in names:
-        return [*script, "--resume", str(job.folder)]
+        return [*script, "--resume", str(job.folder), *trust]
     missing = [each for each in missing if each.keys() == missing[0].keys()]  # acting.py combines their values
     values = {name: dict.fromkeys(str(each[name]) for each in missing) for name in missing[0]}
     flags = [part for name, each in values.items() for part in ("--" + name.replace("_", "-"), *each)]
-    return [str(ROOT / "benchmarks" / "acting.py"), str(job.folder), *flags]
+    return [str(ROOT / "benchmarks" / "acting.py"), str(job.folder), *flags, *trust]
 
 
 def execute(job: Job, env: dict[str, str], cores: str = "", stop: threading.Event | None = None) -> str | None:

@@ -30,7 +30,7 @@ from pygments.lexers import PythonLexer
 from pygments.token import STANDARD_TYPES
 
 ROOT = Path(__file__).parents[1]
-SCORES = "benchmarks/results/short-runs/ten-thousand"
+SCORES = "benchmarks/results/tables/published"
 EQUATIONS = ROOT / "docs" / "algorithms" / "equations.md"
 PLUMBING = {"make_optimizer", "make_optimizers", "init_state", "train_chunk", "train"}  # functions without equations
 CONTEXT = 3  # unchanged lines shown around a change
@@ -174,10 +174,10 @@ def scores(algorithm: str) -> str:
     if not table.is_file():
         raise PluginError(f"there is no file {table.relative_to(ROOT)}")
     text = (
-        "[Short runs](../notes/nine-algorithms.md#ten-thousand-updates): the last score after 10,000 updates, mean ± "
-        "deviation of three seeds, `behaviour` that of the data. In the curves the band is the range of the seeds."
+        "[Short runs](../results.md#each-with-its-own-settings): the last score after 10,000 updates, mean ± deviation "
+        "of five seeds, `behaviour` that of the data. In the curves the band is the range of the seeds."
     )
-    picture = f"![score against updates on each of the nine datasets](../../{SCORES}-{algorithm}.png)"
+    picture = f"![score against updates on each of the six datasets](../../{SCORES}-{algorithm}.png)"
     return f"## Scores\n\n{text}\n\n{beside('beside scores', table.read_text(), picture)}"
 
 

@@ -95,13 +95,11 @@ def test_scores_and_metrics_are_those_of_the_raw_returns(tmp_path, write_run):
 
 
 def test_interquartile_mean_and_interval_of_known_samples():
-    """Of 0 ... 7 the middle half is 2 ... 5; the interval holds it, and is narrower with more seeds."""
+    """Of 0 ... 7 the middle half is 2 ... 5; the interval holds it."""
     numbers = report.summary([np.arange(8.0)])
     assert (numbers["mean"], numbers["iqm"]) == (3.5, 3.5)
     assert report.summary([np.append(np.arange(7.0), 1e6)])["iqm"] == 3.5
     assert numbers["iqm_low"] < 3.5 < numbers["iqm_high"]
-    wide, narrow = (report.summary([np.tile(np.arange(8.0), n)]) for n in (1, 20))
-    assert narrow["iqm_high"] - narrow["iqm_low"] < (wide["iqm_high"] - wide["iqm_low"]) / 3
     assert report.summary([np.ones(1)])["deviation"] is None
 
 
@@ -161,11 +159,15 @@ def test_our_own_tables_have_flags_that_are_accepted(pointmaze_datasets, tmp_pat
 
 
 def test_an_algorithm_alone_has_its_last_scores_and_its_curves(tmp_path, write_run):
+    """Also where the first dataset is still to be run, and another algorithm altogether."""
     write_run("x", np.array([[[9.0], [9.0]], [[4.0], [8.0]]]), reference=(0.0, 100.0))
-    artefact = artefact_of(row_of("x", columns=["BC"]), columns={"BC": {}}, alone=True)
+    rows = [row_of(name, columns=["BC"]) for name in ("w", "x")]
+    for row in rows:
+        row["runs"]["IQL"] = f"{row['data']}-iql"
+    artefact = artefact_of(*rows, columns={"BC": {}, "IQL": {}}, alone=True)
     report.write_report(tmp_path, "t", artefact, report.read_runs(tmp_path))
     assert (tmp_path / "t-bc.md").read_text() == "| | behaviour | BC |\n|---|---|---|\n| x | 7.2 | 6.0 ± 2.8 |\n"
-    assert (tmp_path / "t-bc.png").stat().st_size > 0
+    assert (tmp_path / "t-bc.png").stat().st_size > 0 and len([*tmp_path.glob("t-*")]) == 2
 
 
 def test_a_mean_has_the_papers_beside_it_when_all_its_tasks_are_there_and_is_none_of_returns(tmp_path, write_run):
@@ -252,6 +254,8 @@ def test_finished_runs_that_are_kept_are_taken_and_not_run_again(tmp_path, write
     (acted.folder / "acting.csv").write_text("its own")
     reproduce.take_kept(tmp_path / "kept", jobs | {acted.folder: acted}, tmp_path / "new")
     assert (acted.folder / "acting.csv").read_text() == "its own"
+    again = next_command(acted._replace(acting=acts_again.acting, trust="mine"))
+    assert again[1:] == [str(acted.folder), "--num-eval-actions", "4", "--trust", "mine"], "no file says whom to trust"
     (acted.folder / "args.json").unlink()  # as when it is killed before this is written
     assert "--run-dir" in next_command(acted)
     assert [path.name for path in (tmp_path / "new" / "a").iterdir()] == ["x"]
@@ -466,7 +470,7 @@ def test_a_job_waits_for_the_process_that_holds_its_folder(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         waiting = pool.submit(execute, job, {}, "", stop)
         time.sleep(0.5)
-        assert waiting.running() and not job.folder.exists()
+        assert waiting.running() and Path(f"{job.folder}.log").read_text() == "", "nothing is begun"
         stop.set()
 
 

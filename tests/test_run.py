@@ -89,7 +89,22 @@ def test_a_name_stays_in_its_place(name, tmp_path, monkeypatch, exit_sentence):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_command_that_goes_on_says_whom_to_trust(tmp_path):
+    """A file does not."""
+    assert begin(tmp_path / "run", trust="mine").command.endswith("--resume " + str(tmp_path / "run") + " --trust mine")
+
+
 # -------------------------------------------------------------------------------------------------- what is recorded
+
+
+def test_oms_and_rat_are_the_best_and_the_last_ten_evaluations_of_each_seed(tmp_path):
+    """Of 12 after training began."""
+    scores = np.random.default_rng(0).normal(size=(13, 2))
+    with begin(tmp_path / "run") as run:
+        run.recorder.scores = dict(enumerate(scores))
+        results = run.recorder.results()
+    for name, expected in {"last": scores[12], "OMS": scores[1:].max(axis=0), "RAT": scores[3:].mean(axis=0)}.items():
+        np.testing.assert_array_equal(results[name], expected)
 
 
 def test_divergence_is_traced_to_its_update_and_seed(tmp_path, exit_sentence):
@@ -196,11 +211,6 @@ def test_each_seed_is_tracked_by_a_run_of_its_own_which_resume_goes_on_with(tmp_
                 assert logged["charts/updates_per_second"] > 0
     assert ids[0] == ids[1]
     assert len(set(ids[0])) == 2
-
-
-def test_tracking_without_wandb_exits_with_the_remedy(tmp_path, monkeypatch, exit_sentence):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "pip install wandb" in exit_sentence(begin, tmp_path / "run", track=True)
 
 
 def test_what_is_called_wandb_and_is_not_weights_and_biases_leaves_no_folder(tmp_path, monkeypatch, exit_sentence):

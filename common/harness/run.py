@@ -34,7 +34,6 @@ from platform import python_version
 from types import ModuleType
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array, Float
@@ -86,7 +85,7 @@ class Run:
             "dataset": behaviour.statistics,
             "normalization": [behaviour.obs_mean.tolist(), behaviour.obs_std.tolist()],  # mean, std
             "reference_returns": task.environment.reference,  # they score 0 and 100; null where there are none
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": python_version()},
+            "versions": versions(),
             "jax_settings": jax_settings(),
             "git_commit": git_commit(),
             "device": f"{jax.devices()[0].device_kind}, {cores} core(s)",  # over which XLA shares out its sums
@@ -100,7 +99,8 @@ class Run:
             write_atomically(self.folder / "args.json", lambda file: file.write(text))
         except OSError as error:
             raise SystemExit(f"Cannot write to the run directory: {error}.") from None
-        self.command = shlex.join(["python", os.path.relpath(script), "--resume", str(self.folder)])
+        trust = ["--trust", args.trust] * bool(args.trust)
+        self.command = shlex.join(["python", os.path.relpath(script), "--resume", str(self.folder), *trust])
         self.recorder = Recorder(self.folder, algorithm, args, task, behaviour)
         if wandb:
             try:
@@ -141,9 +141,8 @@ class Run:
         folder = Path(self.args.resume).expanduser()
         self._lock(folder)
         self.checkpoint = old, _ = newest_header(folder)
-        data = {name: (old["dataset"].get(name), value) for name, value in self.header["dataset"].items()}
-        differ = {name: of for name, of in data.items() if of[0] != of[1] and name != "dataset"}  # a file may move
-        changed = [f"{name} {was}, now {now}" for name, (was, now) in differ.items()]
+        was, now = (header["dataset"] | {"dataset": ""} for header in (old, self.header))  # a file may move
+        changed = [f"{name} {was.get(name)}, now {value}" for name, value in now.items() if was.get(name) != value]
         if changed:
             raise SystemExit(f"The data have changed since the run in {folder}/ began: {', '.join(changed)}.")
         about = "versions", "jax_settings", "device", "git_commit"
@@ -283,6 +282,10 @@ class Run:
             print(f"Stopped after update {self.header['update']}. To go on: {self.command}", file=sys.stderr)
 
 
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": python_version()}
+
+
 def git_commit() -> str | None:
     """Of this repository, with "-dirty" if files differ from it; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -334,7 +337,7 @@ def load_run(folder: Path | str, algorithm: ModuleType) -> tuple[Any, Any, dict]
     args = saved_args(header, algorithm.Args)
     dims = header["dataset"]["observation_dim"], header["dataset"]["action_dim"]
     init = jax.vmap(lambda seed: algorithm.init_state(jax.random.key(seed), *dims, args))
-    like = eqx.filter_eval_shape(init, jax.ShapeDtypeStruct((args.num_seeds,), np.uint32))
+    like = jax.eval_shape(init, jax.ShapeDtypeStruct((args.num_seeds,), np.uint32))
     if kept := header.get("kept"):  # what acts, in half precision: policies/
         like = like._replace(**dict.fromkeys({*like._fields} - {*kept}))
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float16), like)
