@@ -9,9 +9,7 @@
     python benchmarks/acting.py policies/hopper-medium --episodes 1 --capture-video           # nothing to train or make
 
 Every combination is evaluated, all seeds from the starts of the run's last evaluation; what is not given is as the run
-had it. Raw returns are added to <run>/acting.csv after each evaluation. Also printed, of a run: how far the policy's
-samples are from their mean at states of the data, and how far the data's actions are. A policy that cloned the
-behaviour well has the two alike.
+had it. Raw returns are added to <run>/acting.csv after each evaluation.
 """
 
 import sys
@@ -31,7 +29,7 @@ import tyro
 from report import read_csv, write_csv
 
 from common.diffusion import Spacing
-from common.harness import Dataset, Evaluator, load_dataset, load_run, setup
+from common.harness import Evaluator, load_run, setup
 from common.harness.checkpoint import CheckpointError, newest_header
 from common.harness.devices import episode_keys, seed_keys
 from common.harness.environments import check_camera
@@ -134,47 +132,22 @@ def variants(run: Trained, args: Args) -> list:
     base = dataclasses.replace(run.args, run_dir=None, **of_all)
     combinations = [dict(zip(given, values)) for values in itertools.product(*given.values())]
     try:
-        return [dataclasses.replace(base, **combination) for combination in combinations]
+        todo = [dataclasses.replace(base, **combination) for combination in combinations]
     except ValueError as error:
         raise SystemExit(f"Impossible settings: {error}.") from None
-
-
-def spread(run: Trained, dataset: Dataset, num_states: int = 256, num_samples: int = 32) -> tuple[float, float]:
-    """Root mean square distances from the mean of the policy's samples at states of the data: samples', data's.
-
-    Of all action dimensions and seeds, in units of the normalised action; neither is biased by the number of samples.
-    """
-    plain = {"num_eval_actions": 1, "average_best": 0}
-    args = dataclasses.replace(run.args, **{name: plain[name] for name in plain if hasattr(run.args, name)})
-    index = np.random.default_rng(0).integers(0, len(dataset.reward), num_states)
-    obs = np.repeat(dataset.obs[index], num_samples, axis=0)
-    keys = jax.random.split(jax.random.key(0), (len(run.seeds), len(obs)))
-    sample = np.asarray(run.act(np.broadcast_to(obs, (len(run.seeds), *obs.shape)), keys, 0, args))
-    sample = sample.reshape(len(run.seeds), num_states, num_samples, -1)
-    mean = sample.mean(axis=2)
-    variance = np.mean((sample - mean[:, :, None]) ** 2) * num_samples / (num_samples - 1)
-    data_variance = np.mean((dataset.action[index] - mean) ** 2) - variance / num_samples
-    return float(np.sqrt(variance)), float(np.sqrt(max(data_variance, 0)))
+    for variant in todo:
+        check_flags(variant)
+    return todo
 
 
 def task_of(run: Trained, variant) -> Task:
     """Of a policy in policies/ it is known without its data; of a run they are opened, and made if they are gone."""
     if "environment" not in run.header:
         return setup(variant)[1]
-    check_flags(variant)
     data, environment = run.header["dataset"]["dataset"], ENVIRONMENTS[run.header["environment"]]
     if variant.capture_video:
         check_camera(environment)
     return Task(data.replace("/", "-"), environment, (data,))
-
-
-def describe(run: Trained, task: Task) -> None:
-    """Prints the behaviour's score, and how far samples and data are from the policy's mean action."""
-    dataset, behaviour = load_dataset(task, getattr(run.args, "reward_rule", "none"))
-    if getattr(run.args, "top_fraction", 1) < 1:
-        dataset = run.module.best_episodes(dataset, behaviour, run.args.top_fraction)
-    print(f"  behaviour {behaviour.statistics['behaviour_score']:.1f}, ", end="")
-    print("distance from the policy's mean action: samples {:.3f}, data {:.3f}".format(*spread(run, dataset)))
 
 
 def play(run: Trained, evaluate: Evaluator, variant) -> Episodes:
@@ -190,12 +163,8 @@ def act_again(folder: Path, args: Args) -> None:
     if args.critics is not None:
         run = with_critics(run, folder, args.critics)
     todo, update = variants(run, args), run.header["update"]
-    for variant in todo:
-        task = task_of(run, variant)
+    task = task_of(run, todo[0])
     print(f"{folder}/: {run.header['algorithm']}, update {update}")
-    if "environment" not in run.header:
-        describe(run, task)
-
     file = folder / "acting.csv"
     try:
         file.open("ab").close()  # before the first evaluation is played

@@ -31,23 +31,19 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 from common.harness import Dataset, Evaluator
 from common.harness.checkpoint import write_atomically
 from common.harness.devices import seed_keys, set_up_jax
-from common.harness.run import PACKAGES, git_commit
+from common.harness.run import git_commit, versions
 from common.harness.tasks import ENVIRONMENTS, LOCOMOTION, with_domain_defaults
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 WALKER2D, HOPPER = (17, 6), (11, 3)  # sizes of observation and action
 
@@ -97,7 +93,7 @@ class Args(Settings):
 
     sections: tuple[Literal["updates", "acting", "growth"], ...] = ("updates", "acting", "growth")
     """what to measure"""
-    only: tuple[str, ...] = tuple(ENTRIES)
+    only: tuple[Literal[(*ENTRIES,)], ...] = tuple(ENTRIES)
     """the algorithms whose updates and acting are measured"""
     seeds: tuple[int, ...] = (1, 2, 4, 8, 16)
     """how many in one program, for growth"""
@@ -238,11 +234,10 @@ def record(settings: Settings, sections: dict[str, Callable], suffix: str = "") 
     about, device = Path("/proc/cpuinfo"), jax.devices()[0].device_kind
     model = re.search(r"model name\s*: (.*)", about.read_text() if about.exists() else "")
     processor = model[1] if model else platform.processor()
-    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
     machine = {"device": processor if device == "cpu" else device, "processor": processor, "cores": cores}
     name = settings.name or re.sub(r"[^a-z0-9]+", "-", f"{machine['device']} {cores} cores".lower())
     file = settings.results_dir / f"speed-{name}{suffix}.json"
-    results = (json.loads(file.read_text()) if file.exists() else {}) | {"machine": machine | {"versions": versions}}
+    results = (json.loads(file.read_text()) if file.exists() else {}) | {"machine": machine | {"versions": versions()}}
     print(f"{machine['device']}, {cores} core(s); results in {file}")
     file.parent.mkdir(parents=True, exist_ok=True)
     origin = {"git_commit": git_commit(), "date": time.strftime("%Y-%m-%d")}
@@ -267,7 +262,8 @@ def draw_chart(results: dict, peers: dict | None, file: Path) -> None:
         points += [(name, [speed], "tab:gray") for name, speed in peers["updates_per_second"].items()]
         title += f"\ngray: other implementations, on {peers['machine']}"
     slow = np.median(rows["dql"]["repeats"]) if "dql" in rows else None
-    figure, ax = plt.subplots(figsize=(7.4, 0.9 + 0.32 * len(points)), layout="constrained")
+    figure = Figure(figsize=(7.4, 0.9 + 0.32 * len(points)), layout="constrained")
+    ax = figure.subplots()
     points.sort(key=lambda point: np.median(point[1]), reverse=True)
     for y, (_, speeds, color) in enumerate(points):
         median = np.median(speeds)
@@ -285,12 +281,9 @@ def draw_chart(results: dict, peers: dict | None, file: Path) -> None:
     figure.suptitle(title, fontsize="medium")
     ax.invert_yaxis()
     figure.savefig(file, dpi=150)
-    plt.close(figure)
 
 
 def main(args: Args) -> None:
-    if unknown := [name for name in args.only if name not in ENTRIES]:
-        raise SystemExit(f"--only {unknown[0]} is unknown; there are {', '.join(ENTRIES)}.")
     peers = None if args.peers_json is None else read_peers(args.peers_json)
     if args.quick:
         names, sections = [name for name in QUICK if name in args.only], [s for s in args.sections if s != "growth"]

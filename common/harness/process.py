@@ -61,9 +61,9 @@ def _leave(kind=None, error=None, traceback=None) -> None:
 
 def _of_libraries(ignored) -> None:
     """In their threads and exit hooks: the run itself has said what it could not write. A signal ends it there, too."""
-    if isinstance(ignored.exc_value, SystemExit):
-        os._exit(ignored.exc_value.code)
-    if not isinstance(ignored.exc_value, OSError):
+    if isinstance(ignored.exc_value, SystemExit) and received:
+        os._exit(128 + received[0])
+    if not isinstance(ignored.exc_value, (OSError, SystemExit)):
         sys.__excepthook__(ignored.exc_type, ignored.exc_value, ignored.exc_traceback)
 
 

@@ -93,10 +93,11 @@ class Recorder:
             self.files[name] = (self.folder / f"{name}.csv").open("a", newline="")
         for seed in self.seeds[:MAX_BOARDS]:
             board = self.folder / "tensorboard" / f"seed_{seed}"
-            self.boards.append(tensorboardX.SummaryWriter(str(board), purge_step=update + 1))
+            # a queue without an end: if its thread dies of a full disk, nobody waits for it
+            self.boards.append(tensorboardX.SummaryWriter(str(board), purge_step=update + 1, max_queue=0))
 
     def start_bar(self, update: int) -> None:
-        self.begun = update
+        self.begun = update, time.monotonic()
         if update < self.args.num_updates:
             print("Compiling: about half a minute, once. Further runs of this shape start at once.", flush=True)
         often = {"miniters": 0, "mininterval": 0.5 if sys.stderr.isatty() else 10}  # seconds; a file keeps each
@@ -136,8 +137,8 @@ class Recorder:
         diagnostics: dict[str, Float[np.ndarray, " seeds"]],
     ) -> None:
         """Records the means of some updates' metrics, and diagnostics after them."""
-        elapsed = max(self.bar.format_dict["elapsed"], 1e-9)
-        rate = self.bar.format_dict["rate"] or (update - self.begun) / elapsed
+        begun, at = self.begun
+        rate = self.bar.format_dict["rate"] or (update - begun) / (time.monotonic() - at)  # TQDM_DISABLE=1 has none
         names = "update", "seed", "updates_per_second", *means, *diagnostics
         heading = [names] if self.files["metrics"].tell() == 0 else []
         rows = zip(self.seeds, zip(*means.values(), *diagnostics.values()))
