@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
-from helpers import ALGORITHMS, SCRIPTS, TINY, fields_of, flags_of, make_args, record_hopper, returns_of, rows_of
+from helpers import ALGORITHMS, SCRIPTS, TINY, fields_of, flags_of, returns_of, rows_of
 
-from algorithms import bc, edp_td3bc, td3bc
+from algorithms import edp_td3bc, td3bc
 from common.harness import load_run
 from common.harness.checkpoint import CheckpointError
 from common.harness.devices import seed_keys, set_up_jax
@@ -113,23 +113,6 @@ def test_the_final_table_is_that_of_eval_csv_and_stderr_has_the_progress_bar_alo
     lines = [line for line in re.split(r"[\r\n]+", process.stderr) if line.strip(" \x1b[A")]
     assert lines
     assert all("update" in line and "%" in line for line in lines), process.stderr
-
-
-def test_oms_and_rat_are_the_best_and_the_last_ten_evaluations_of_each_seed(
-    datasets, tmp_path, monkeypatch, quick_networks
-):
-    """Of 12 evaluations, by normalized returns."""
-    monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings into the working directory
-    few = {"num_updates": 12, "eval_every": 1, "dataset_id": record_hopper().id}
-    results = bc.train(make_args(bc, TINY, **few, run_dir="run"))
-    returns = returns_of(tmp_path / "run")
-    assert returns.shape == (12, 2, 2)
-    scores = 100 * (returns.mean(axis=2) + 20.272305) / (3234.3 + 20.272305)
-    np.testing.assert_allclose(results["last"], scores[11], rtol=1e-6)
-    np.testing.assert_allclose(results["OMS"], scores.max(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(results["RAT"], scores[2:].mean(axis=0), rtol=1e-6)
-    assert not np.allclose(results["RAT"], scores.mean(axis=0), rtol=1e-3), "more than the last ten would show"
-    assert not (tmp_path / "run" / "paths.png").exists(), "no maze, no paths"
 
 
 OTHER_JAX = {
@@ -226,15 +209,6 @@ def test_where_nothing_can_be_drawn_one_sentence_has_the_remedy(way, monkeypatch
     assert all(part in sentence for part in ("MUJOCO_GL=egl", "libegl1", "MUJOCO_GL=osmesa", "libosmesa6"))
     monkeypatch.setitem(sys.modules, "moviepy", None)
     assert "pip install moviepy" in exit_sentence(check_camera, ENVIRONMENTS["Hopper"])
-
-
-def test_a_refusal_is_one_sentence_on_stderr(tmp_path):
-    flags, env = flags_of(env_id="kitchen-mixed"), {"MINARI_DATASETS_PATH": str(tmp_path / "minari")}
-    process = run_script("edp_td3bc", *flags, cwd=tmp_path, **env)
-    assert (process.returncode, process.stdout) == (1, "")
-    (sentence,) = process.stderr.splitlines()
-    assert "minari download D4RL/kitchen/mixed-v2" in sentence
-    assert not (tmp_path / "runs").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- help

@@ -204,8 +204,10 @@ EVIL_WRAPPER = [{"name": "W", "entry_point": "evil:W", "kwargs": {}}]
         ({"additional_wrappers": EVIL_WRAPPER}, "--trust evil"),
     ],
 )
-@pytest.mark.parametrize("spec", ["env_spec", "eval_env_spec"])
-@pytest.mark.parametrize("spaces", [True, False])  # Minari makes the environment to learn the spaces
+@pytest.mark.parametrize(
+    ("spec", "spaces"),
+    [("env_spec", False), ("eval_env_spec", True)],  # Minari makes the first to learn the spaces
+)
 def test_code_of_others_is_not_even_imported(
     change, named, spec, spaces, datasets, tmp_path, monkeypatch, exit_sentence
 ):

@@ -230,15 +230,8 @@ def metadata(**changes):
     return lambda folder: change_metadata("test/hopper/random-v0", **changes)
 
 
-def in_another_encoding(folder, encoding: str):
-    file = folder / "data/metadata.json"
-    file.write_text(file.read_text(), encoding)
-
-
 DAMAGES = {
     "a file cut in half": lambda folder: os.truncate(folder / ARRAYS, (folder / ARRAYS).stat().st_size // 2),
-    "metadata with a byte order mark": lambda folder: in_another_encoding(folder, "utf-8-sig"),
-    "metadata in UTF-16": lambda folder: in_another_encoding(folder, "utf-16"),
     "metadata cut": lambda folder: os.truncate(folder / "data/metadata.json", 20),
     "metadata nested 100,000 times": lambda folder: (folder / "data/metadata.json").write_text("[" * 100_000),
     "another number of steps promised": metadata(total_steps=5),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common.diffusion import make_schedule
-from common.dpm_solver import dpm_solver_sample, solver_orders
+from common.dpm_solver import dpm_solver_sample
 
 pytestmark = pytest.mark.usefixtures("float64", "quick_compilation")
 
@@ -152,15 +152,6 @@ def test_solver_stops_at_t_end_or_the_first_knot(t_end):
         expected = alpha_sigma(last_k, schedule)[0] / alpha_sigma(num_steps - 1, schedule)[0]
         result = dpm_solver_sample(lambda x, k: jnp.zeros_like(x), schedule, jnp.ones((1, 1)), 6, t_end=t_end)
         np.testing.assert_allclose(result[0, 0], expected, rtol=1e-10)
-
-
-def test_orders_of_the_steps():
-    """[3] * (n//3 - 1) + [2, 1], [3] * (n//3) + [1], [3] * (n//3) + [2] for n % 3 = 0, 1, 2, and so on."""
-    orders = {(15, 3): [3, 3, 3, 3, 2, 1], (16, 3): [3, 3, 3, 3, 3, 1], (17, 3): [3, 3, 3, 3, 3, 2], (3, 3): [2, 1]}
-    for arguments, expected in (orders | {(5, 2): [2, 2, 1], (4, 1): [1, 1, 1, 1]}).items():
-        assert solver_orders(*arguments, 1000) == expected
-    for order in (1, 2, 3):
-        assert all(sum(solver_orders(n, order, 1000)) == n for n in range(order, 200))
 
 
 def test_impossible_settings_are_refused():

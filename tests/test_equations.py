@@ -152,20 +152,14 @@ def test_eq_3_sample_action_denoises_noise(sampler, name, num_steps, prediction)
     close(result, expected)
 
 
-def test_the_solver_has_the_order_and_the_spacing_of_the_flags():
-    policy, obs, key = make_policy(), make_batch().obs, jax.random.key(4)
-    args = make_args(edp_td3bc, solver_order=2, solver_spacing="logSNR")
-    result = jax.jit(lambda policy: edp_td3bc.sample_action(policy, obs, key, args))(policy)
-    close(result, jax.jit(lambda policy: written_sample(policy, obs, key, False, order=2, skip="logSNR"))(policy))
-
-
 def test_c_4_when_acting_a_temperature_scales_the_predicted_noise_and_another_factor_the_initial_noise():
-    """In training neither does."""
+    """In training neither does. Order and spacing of the solver are those of the flags in both."""
     policy, obs, key = make_policy(), make_batch().obs, jax.random.key(4)
-    args = make_args(edp_td3bc, policy_temperature=0.9, init_noise_scale=0.7)
+    flags, solver = {"solver_order": 2, "solver_spacing": "logSNR"}, {"order": 2, "skip": "logSNR"}
+    args = make_args(edp_td3bc, policy_temperature=0.9, init_noise_scale=0.7, **flags)
     for acting, settings in ((True, (0.9, 0.7)), (False, (1.0, 1.0))):
         result = jax.jit(lambda policy: edp_td3bc.sample_action(policy, obs, key, args, acting))(policy)
-        close(result, jax.jit(lambda policy: written_sample(policy, obs, key, False, *settings))(policy))
+        close(result, jax.jit(lambda policy: written_sample(policy, obs, key, False, *settings, **solver))(policy))
 
 
 # --------------------------------------------------------------------------------- Eq. 5 and 8: the diffusion loss
@@ -225,21 +219,6 @@ def test_eq_8_corruption_and_the_noise_it_implies():
     close(implied_noise("action", schedule, a_k, 7.5, a_0), expected)
 
 
-@pytest.mark.parametrize(("name", "num_steps"), [("linear", 1000), ("linear", K), ("vp", 5), ("cosine", 100)])
-def test_eq_9_approximate_action_undoes_the_corruption_at_every_k(name, num_steps):
-    """Given the true noise, up to rounding, which 1 / sqrt(alpha_bar^k) magnifies; given a^0 exactly."""
-    rng = np.random.default_rng(0)
-    k, schedule = jnp.arange(num_steps), make_schedule(name, num_steps)
-    action = jnp.asarray(rng.uniform(-0.9, 0.9, (num_steps, ACT_DIM)))
-    noise = jnp.asarray(rng.normal(size=(num_steps, ACT_DIM)))
-    corruption = edp_td3bc.Corruption(k, noise, corrupt(schedule, action, k, noise), noise)
-    args = make_args(edp_td3bc, num_diffusion_steps=num_steps, beta_schedule=name)
-    error = np.abs(edp_td3bc.approximate_action(corruption, args) - action).max(axis=1)
-    np.testing.assert_allclose(error * np.sqrt(schedule.alpha_bar), 0, atol=1e-14)
-    args, corruption = dataclasses.replace(args, prediction="action"), corruption._replace(prediction=2 * action)
-    equal(edp_td3bc.approximate_action(corruption, args), jnp.clip(2 * action, -1, 1))
-
-
 def approximate_action(k, noisy_action, eps):
     """Eq. 9 before the clip."""
     return (noisy_action - jnp.asarray(SIGMA)[k, None] * eps) / jnp.asarray(SIGNAL)[k, None]
@@ -256,6 +235,8 @@ def test_eq_9_approximate_action_is_clipped_with_no_gradient_where_the_clip_is_a
     close(edp_td3bc.approximate_action(corruption, args), np.clip(raw, -1, 1))
     slope = np.where(np.abs(raw) > 1, 0, -(SIGMA / SIGNAL)[np.asarray(k), None])
     np.testing.assert_allclose(jax.jit(jax.grad(total))(eps), slope, rtol=1e-9)
+    of_actions = dataclasses.replace(args, prediction="action")
+    equal(edp_td3bc.approximate_action(corruption, of_actions), np.clip(eps, -1, 1))
 
 
 # ---------------------------------------------------------------------------------- Eq. 10 and 16: climbing Q (TD3+BC)

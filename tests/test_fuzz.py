@@ -15,10 +15,9 @@ from common.harness.datasets import resolve_task
 few_or = lambda many, few: pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
-def read_damaged(file, count: int, capsys, **task) -> tuple[int, int]:
-    """(refused, altered): how often damage was refused, and how often other numbers were read than were written."""
-    original, refused, altered = file.read_bytes(), 0, 0
-    right, _ = load_dataset(resolve_task(**task), "none")
+def read_damaged(file, count: int, **task) -> int:
+    """How often damage was refused."""
+    original, refused = file.read_bytes(), 0
     for i in range(count):
         file.write_bytes(damaged(original, i))
         try:
@@ -31,26 +30,22 @@ def read_damaged(file, count: int, capsys, **task) -> tuple[int, int]:
             continue
         assert all(np.isfinite(array).all() for array in dataset)
         assert set(np.unique(dataset.terminal)) <= {0, 1}
-        altered += not all(np.array_equal(*arrays) for arrays in zip(dataset, right))
     file.write_bytes(original)
-    with capsys.disabled():
-        print(f" {file.name}: {count} damaged, {refused} refused, {altered} read as other numbers", end="")
-    return refused, altered
+    return refused
 
 
 @few_or(300, few=24)
-def test_minari_files(datasets, capsys, count):
+def test_minari_files(datasets, count):
     """HDF5 has no checksums here: a number that was altered in place is the one thing that cannot be seen."""
     record_hopper()
     folder = datasets / "test" / "hopper" / "random-v0" / "data"
     task = {"env_id": "", "dataset_id": "test/hopper/random-v0"}
-    refused, _ = read_damaged(folder / "main_data.hdf5", 2 * count // 3, capsys, **task)
-    assert refused > 0
-    read_damaged(folder / "metadata.json", count // 3, capsys, **task)
+    assert read_damaged(folder / "main_data.hdf5", 2 * count // 3, **task) > 0
+    read_damaged(folder / "metadata.json", count // 3, **task)
 
 
 @few_or(150, few=16)
-def test_d4rl_files(datasets, tmp_path, capsys, count):
+def test_d4rl_files(datasets, tmp_path, count):
     rng, steps = np.random.default_rng(0), 300
     with h5py.File(tmp_path / "hopper.hdf5", "w") as file:
         file["observations"] = rng.normal(1.25, 0.1, (steps, 11)).astype(np.float32)
@@ -59,7 +54,7 @@ def test_d4rl_files(datasets, tmp_path, capsys, count):
         file["terminals"] = np.arange(steps) % 50 == 49
         file["timeouts"] = np.arange(steps) % 70 == 69
     task = {"env_id": "hopper-medium", "dataset_path": str(tmp_path / "hopper.hdf5")}
-    refused, _ = read_damaged(tmp_path / "hopper.hdf5", count, capsys, **task)
+    refused = read_damaged(tmp_path / "hopper.hdf5", count, **task)
     assert refused > 0
 
 

@@ -73,17 +73,6 @@ def test_replaying_the_actions_gives_the_observations_and_rewards_follow_the_sho
             assert episode.rewards[t] == (distance <= 0.45)
 
 
-def test_the_dataset_is_a_function_of_its_seed(datasets, monkeypatch):
-    walks = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        (datasets / name).mkdir()
-        monkeypatch.setenv("MINARI_DATASETS_PATH", str(datasets / name))
-        (episode,) = recipes.make_dataset(UMAZE, num_steps=20, seed=seed).iterate_episodes()
-        walks.append(episode.observations["observation"])
-    np.testing.assert_array_equal(walks[0], walks[1])
-    assert not np.array_equal(walks[0], walks[2])
-
-
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
 def test_the_dataset_is_made_once_and_an_interrupted_making_leaves_nothing(datasets, monkeypatch, capsys, interruption):
     def interrupted(dataset_id):

@@ -84,7 +84,8 @@ def test_the_noise_of_the_pen_is_scaled_by_episode(small):
 
 
 @pytest.mark.parametrize(
-    "dataset_id", ["edp/hopper/medium-replay-v1", "edp/pen/expert-v1", "edp/antmaze/umaze-play-v1"]
+    "dataset_id",
+    ["edp/hopper/medium-replay-v1", "edp/pen/expert-v1", "edp/antmaze/umaze-play-v1", "edp/pointmaze/umaze-v0"],
 )
 def test_a_dataset_is_a_function_of_its_seed_alone(made, tmp_path, monkeypatch, dataset_id):
     for name, seed in (("again", None), ("other", 1)):

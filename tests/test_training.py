@@ -22,7 +22,7 @@ import optax
 import pytest
 from helpers import ALGORITHMS, SCRIPTS, one, over
 
-from algorithms import bc, crr, dql_baseline, edp_iql, edp_td3bc, td3bc
+from algorithms import bc, crr, edp_iql, edp_td3bc, td3bc
 from common.harness import Dataset, load_run
 from common.harness.checkpoint import CheckpointError, save_checkpoint
 from common.harness.devices import seed_keys, to_devices
@@ -180,16 +180,6 @@ def test_iql_updates_the_value_first():
         assert np.isclose(metrics["weight"], weight, rtol=1e-4) == is_used
         loss, _ = edp_iql.critic_loss(state.critics, edp_iql.critic_target(value, batch, args), batch)
         assert np.isclose(metrics["critic_loss"], loss, rtol=1e-4) == is_used
-
-
-def test_diffusion_ql_is_edp_without_action_approximation():
-    """The policy's loss, to the last bit; all else in an update is the same text. With "dpm": Fig. 2's "EDP w/o AP"."""
-    (state, key), dql_args = start_one(edp_td3bc), make_args(dql_baseline)
-    assert dql_args.sampler == "ddpm"
-    edp_args = edp_td3bc.Args(**dataclasses.asdict(dql_args), action_approx=False)
-    inputs = state.policy, state.critics, batch_of(key), key
-    dql, edp = compiled(dql_baseline.policy_loss)(*inputs, dql_args), compiled(edp_td3bc.policy_loss)(*inputs, edp_args)
-    assert_trees_equal(dql, edp)
 
 
 @over(edp_td3bc, edp_iql)
@@ -413,19 +403,6 @@ def test_the_mean_of_the_best_candidates_acts():
         expected = np.where(rank < best, options, 0).sum(axis=2) / best
         action = edp_td3bc.act(state, obs, keys, 4, dataclasses.replace(args, average_best=best))
         np.testing.assert_allclose(action, expected, **CLOSE)
-
-
-def test_temperature_and_noise_scale_control_the_sampler_when_acting():
-    """C.4: a temperature is an output layer scaled; without initial noise the observation alone decides."""
-    (state, obs, keys), args = acting(), make_args(edp_td3bc)
-    cold = state._replace(policy=scaled(state.policy, 0.5))
-    action = edp_td3bc.act(state, obs, keys, 0, dataclasses.replace(args, policy_temperature=0.5))
-    np.testing.assert_allclose(action, edp_td3bc.act(cold, obs, keys, 0, args), **CLOSE)
-    assert np.abs(action - edp_td3bc.act(state, obs, keys, 0, args)).max() > 0.01
-    silent = dataclasses.replace(args, init_noise_scale=0.0)
-    action = edp_td3bc.act(state, obs, keys, 0, silent)
-    np.testing.assert_array_equal(edp_td3bc.act(state, obs, keys[::-1], 1, silent), action)
-    assert len(np.unique(np.asarray(action).reshape(-1, ACT_DIM), axis=0)) > 10
 
 
 @over(td3bc, crr, bc)
