@@ -163,13 +163,14 @@ def test_c_4_when_acting_a_temperature_scales_the_predicted_noise_and_another_fa
 
 
 # --------------------------------------------------------------------------------- Eq. 5 and 8: the diffusion loss
-@pytest.mark.parametrize("prediction", ["noise", "action"])
-def test_eq_5_diffusion_loss(prediction):
+@pytest.mark.parametrize(("prediction", "name"), [("noise", "linear"), ("action", "vp")])
+def test_eq_5_diffusion_loss(prediction, name):
     """mean (noise - eps_theta(a^k, k; s))^2 with a^k by Eq. 8; mean (a^0 - ...)^2 where the network predicts a^0."""
-    batch, policy, args = make_batch(), make_policy(), make_args(edp_td3bc, prediction=prediction)
+    batch, policy, args = make_batch(), make_policy(), make_args(edp_td3bc, prediction=prediction, beta_schedule=name)
+    schedule = make_schedule(name, K)
     loss, corruption = jax.jit(edp_td3bc.diffusion_loss)(policy, batch, jax.random.key(1), args)
     k, noise, action = map(np.asarray, (corruption.k, corruption.noise, batch.action))
-    noisy_action = SIGNAL[k, None] * action + SIGMA[k, None] * noise
+    noisy_action = schedule.sqrt_alpha_bar[k, None] * action + schedule.sqrt_one_minus_alpha_bar[k, None] * noise
     predicted = predict(policy, batch.obs, noisy_action, k)
     close(corruption.noisy_action, noisy_action)
     close(corruption.prediction, predicted)
@@ -219,31 +220,33 @@ def test_eq_8_corruption_and_the_noise_it_implies():
     close(implied_noise("action", schedule, a_k, 7.5, a_0), expected)
 
 
-def approximate_action(k, noisy_action, eps):
+def approximate_action(k, noisy_action, eps, signal=SIGNAL, sigma=SIGMA):
     """Eq. 9 before the clip."""
-    return (noisy_action - jnp.asarray(SIGMA)[k, None] * eps) / jnp.asarray(SIGNAL)[k, None]
+    return (noisy_action - jnp.asarray(sigma)[k, None] * eps) / jnp.asarray(signal)[k, None]
 
 
-def test_eq_9_approximate_action_is_clipped_with_no_gradient_where_the_clip_is_active():
+@pytest.mark.parametrize("name", ["linear", "vp"])
+def test_eq_9_approximate_action_is_clipped_with_no_gradient_where_the_clip_is_active(name):
     """clip((a^k - sqrt(1 - alpha_bar^k) eps) / sqrt(alpha_bar^k), -1, 1) (D2): its slope in eps is 0 outside."""
-    args = make_args(edp_td3bc)
+    args, (*_, signal, sigma) = make_args(edp_td3bc, beta_schedule=name), make_schedule(name, K)
     _, corruption = jax.jit(edp_td3bc.diffusion_loss)(make_policy(), make_batch(), jax.random.key(3), args)
     k, _, noisy_action, eps = corruption
     total = lambda eps: edp_td3bc.approximate_action(corruption._replace(prediction=eps), args).sum()
-    raw = np.asarray(approximate_action(k, noisy_action, eps))
-    assert 0.1 < np.mean(np.abs(raw) > 1) < 0.9
+    raw = np.asarray(approximate_action(k, noisy_action, eps, signal, sigma))
+    assert 0 < np.mean(np.abs(raw) > 1) < 0.9, "some are clipped, and some are not"
     close(edp_td3bc.approximate_action(corruption, args), np.clip(raw, -1, 1))
-    slope = np.where(np.abs(raw) > 1, 0, -(SIGMA / SIGNAL)[np.asarray(k), None])
+    slope = np.where(np.abs(raw) > 1, 0, -(sigma / signal)[np.asarray(k), None])
     np.testing.assert_allclose(jax.jit(jax.grad(total))(eps), slope, rtol=1e-9)
     of_actions = dataclasses.replace(args, prediction="action")
     equal(edp_td3bc.approximate_action(corruption, of_actions), np.clip(eps, -1, 1))
 
 
 # ---------------------------------------------------------------------------------- Eq. 10 and 16: climbing Q (TD3+BC)
-GUIDED = [(edp_td3bc, {}), (edp_td3bc, {"action_approx": False}), (dql_baseline, {})]
+WITHOUT = {"action_approx": False}
+GUIDED = [(edp_td3bc, {}), (edp_td3bc, WITHOUT), (edp_td3bc, WITHOUT | {"sampler": "ddpm"}), (dql_baseline, {})]
 
 
-@pytest.mark.parametrize(("algorithm", "flags"), GUIDED, ids=["edp", "edp without AP", "dql"])
+@pytest.mark.parametrize(("algorithm", "flags"), GUIDED, ids=["edp", "edp without AP", "the same by ddpm", "dql"])
 def test_eq_10_and_16_policy_loss(algorithm, flags):
     """L_diff - eta mean Q_i(s, a) / mean |Q_i| for one i; the gradient is through a and the sampler, not mean |Q_i|."""
     batch, key, policy, critics = make_batch(), jax.random.key(7), make_policy(), make_critics()
@@ -253,7 +256,7 @@ def test_eq_10_and_16_policy_loss(algorithm, flags):
     def written(policy, critic, scale):
         diffusion, (k, _, *inputs) = algorithm.diffusion_loss(policy, batch, diffusion_key, args)
         if flags or algorithm is dql_baseline:
-            action = written_sample(policy, batch.obs, sample_key, use_ddpm=not flags)
+            action = written_sample(policy, batch.obs, sample_key, use_ddpm=args.sampler == "ddpm")
         else:
             action = jnp.clip(approximate_action(k, *inputs), -1, 1)
         q = jax.vmap(critic)(batch.obs, action)

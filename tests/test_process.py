@@ -118,6 +118,13 @@ def test_a_signal_while_a_module_is_imported_raises_nothing_there(tmp_path):
     assert (done.returncode, done.stdout) == (143, "before\n"), done
 
 
+def test_a_library_that_exits_in_its_thread_ends_nothing():
+    program = "from common.harness import process; import sys, threading; process.install()\n"
+    program += "thread = threading.Thread(target=sys.exit, args=(3,)); thread.start(); thread.join(); print('on')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=SCRIPTS.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "on\n", "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(30))
 def test_kill_9_at_any_moment_loses_nothing(home, whole, seed):

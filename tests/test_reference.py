@@ -7,7 +7,7 @@ measured against the largest entry. Each tolerance is three to four times the er
 far the release is from exact numbers; a wrong factor, sign or index shows in the first digits.
 
     3e-6   7.4e-7 measured: losses, targets, weights and gradients, unless named here
-    6e-6   1.7e-6, the gradient of IQL's policy loss; 1.1e-6, CRR's by the ELBO, with the release's schedule
+    6e-6   1.7e-6, the gradient of IQL's policy loss
     1.5e-5 3.9e-6, the target by DDPM: the rounding of 100 steps
     4e-5   1.1e-5, what follows IQL's first step of Adam, which is nearly the sign of the gradient, small entries too
     1.2e-4 3.9e-5, CRR's loss by the ELBO: it divides by 1 - alpha_bar, which loses digits in float32 where k is small

@@ -61,7 +61,7 @@ def _leave(kind=None, error=None, traceback=None) -> None:
 
 def _of_libraries(ignored) -> None:
     """In their threads and exit hooks: the run itself has said what it could not write. A signal ends it there, too."""
-    if isinstance(ignored.exc_value, SystemExit) and received:
+    if isinstance(ignored.exc_value, SystemExit) and received and not waiting:
         os._exit(128 + received[0])
     if not isinstance(ignored.exc_value, (OSError, SystemExit)):
         sys.__excepthook__(ignored.exc_type, ignored.exc_value, ignored.exc_traceback)

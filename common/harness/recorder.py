@@ -93,7 +93,7 @@ class Recorder:
             self.files[name] = (self.folder / f"{name}.csv").open("a", newline="")
         for seed in self.seeds[:MAX_BOARDS]:
             board = self.folder / "tensorboard" / f"seed_{seed}"
-            # a queue without an end: if its thread dies of a full disk, nobody waits for it
+            # a queue without an end: if its thread dies of a full disk, training does not wait for it
             self.boards.append(tensorboardX.SummaryWriter(str(board), purge_step=update + 1, max_queue=0))
 
     def start_bar(self, update: int) -> None:
