@@ -220,6 +220,11 @@ def of_five_seeds() -> list[str]:
     low, *_, high = sorted(iql[maze])
     before = curve[-2][iql[maze].argmin()]
 
+    (slow,) = (row for row in pairs_of("published") if row["pair"].endswith("less Diffusion-QL"))
+    assert (slow["datasets"], slow["ahead"], slow["behind"]) == ("4", "0", "0")
+    assert "Diffusion-QL on four of them" in text_of(ROOT / "README.md")
+    assert max(score("EDP + TD3+BC", maze), score("Diffusion-QL", maze)) < behaviour["pointmaze-large"], "both fail"
+
     ants = {name: of[antmaze].mean() for name, of in found.items() if of[antmaze] is not None}
     cloning = ants.pop(("published", "BC")), ants.pop(("published", "10% BC"))
     assert max(ants.values()) < with_temperature[antmaze], "the best of what learns values"
@@ -257,6 +262,7 @@ def of_five_seeds() -> list[str]:
         f"to {summary(iql)['iqm'] - summary(four)['iqm']:.1f} below that of IQL as published",
         f"Hopper medium gains {gain[hopper]:.0f} and halfcheetah medium-replay {gain[replay]:.1f}, of which",
         f"Halfcheetah medium loses {-gain[halfcheetah]:.1f} and antmaze all of its {score('EDP + IQL', antmaze):.1f}.",
+        f"No difference is significant, and their mean is {float(slow['mean']):.1f}.",
         f"Cloning crosses in {cloning[0]:.0f} % of the episodes.",
         f"with a temperature of 1, which crosses in {with_temperature[antmaze]:.0f} when it acts by its mean.",
         f"The data's {behaviour['edp/antmaze/umaze-play-v1']:.0f} are of nearer goals; from the evaluation's start the "
