@@ -354,6 +354,7 @@ def test_the_key_changes_with_all_that_decides_the_numbers_and_with_nothing_else
         ({"data": ("local",)}, "has none of table2's tasks"),
         ({"data": ("no/such/folder",)}, "--data no/such/folder: there is no such folder"),
         ({"flags": "--dataset-id edp/pen/expert-v1"}, "--data chooses the data"),
+        ({"flags": "--num-seeds 3"}, "Leave --num-seeds out of --flags"),
         ({"data": ("pointmaze-umaze",), "flags": "--eval-episodes 0"}, "no environment to evaluate in"),
         (
             {"artefacts": ("fig4",), "data": ("pointmaze-umaze",), "flags": "--average-best 4"},

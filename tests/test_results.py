@@ -262,7 +262,7 @@ def of_five_seeds() -> list[str]:
         f"to {summary(iql)['iqm'] - summary(four)['iqm']:.1f} below that of IQL as published",
         f"Hopper medium gains {gain[hopper]:.0f} and halfcheetah medium-replay {gain[replay]:.1f}, of which",
         f"Halfcheetah medium loses {-gain[halfcheetah]:.1f} and antmaze all of its {score('EDP + IQL', antmaze):.1f}.",
-        f"No difference is significant, and their mean is {float(slow['mean']):.1f}.",
+        f"No difference is significant, and the mean of the four is {float(slow['mean']):.1f}.",
         f"Cloning crosses in {cloning[0]:.0f} % of the episodes.",
         f"with a temperature of 1, which crosses in {with_temperature[antmaze]:.0f} when it acts by its mean.",
         f"The data's {behaviour['edp/antmaze/umaze-play-v1']:.0f} are of nearer goals; from the evaluation's start the "

@@ -141,8 +141,8 @@ class Run:
         folder = Path(self.args.resume).expanduser()
         self._lock(folder)
         self.checkpoint = old, _ = newest_header(folder)
-        was, now = (header["dataset"] | {"dataset": ""} for header in (old, self.header))  # a file may move
-        changed = [f"{name} {was.get(name)}, now {value}" for name, value in now.items() if was.get(name) != value]
+        was, data = (header["dataset"] | {"dataset": ""} for header in (old, self.header))  # a file may move
+        changed = [f"{name} {was.get(name)}, now {value}" for name, value in data.items() if was.get(name) != value]
         if changed:
             raise SystemExit(f"The data have changed since the run in {folder}/ began: {', '.join(changed)}.")
         about = "versions", "jax_settings", "device", "git_commit"
