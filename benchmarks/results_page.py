@@ -29,25 +29,23 @@ STYLES = {  # of each artefact in the figure: where beside the others, how drawn
     "matched": (0, {"color": "C0", "marker": "s"}),
     "four-best": (0.22, {"color": "C2", "marker": "^"}),
 }
-Samples = list[np.ndarray | None]  # last scores (seeds,) of each dataset; None is still to be run
+Samples = list[np.ndarray]  # last scores (seeds,) of each dataset
 
 
 def samples_of(artefact: dict, column: str, runs: dict[str, Result]) -> Samples:
     acting = artefact["columns"][column].get("acting", {})
-    return [sample_of(runs.get(row["runs"][column]), acting, "last") for row in artefact["rows"]]
+    return [sample_of(runs[row["runs"][column]], acting, "last") for row in artefact["rows"]]
 
 
 def scores(name: str, data: list[str], of: dict[str, Samples], behaviour: dict[str, float]) -> str:
-    """A row for each algorithm; the interquartile mean of those whose runs are all finished."""
+    """A row for each algorithm."""
     heads = [name, *(short(of_data, "<br>") for of_data in data), "IQM,<br>95 %"]
-    cells = [f"{behaviour[of_data]:.1f}" if of_data in behaviour else "-" for of_data in data]
-    lines = [dict(zip(heads, ["behaviour", *cells, "-"]))]
+    lines = [dict(zip(heads, ["behaviour", *(f"{behaviour[of_data]:.1f}" for of_data in data), "-"]))]
     for title, samples in of.items():
-        cells = ["-" if x is None else f"{x.mean():.1f} ± {x.std(ddof=1):.1f}" for x in samples]
-        whole = "{iqm:.1f} [{iqm_low:.1f}, {iqm_high:.1f}]"
-        cells.append("-" if any(x is None for x in samples) else whole.format(**summary(samples)))
+        cells = [f"{x.mean():.1f} ± {x.std(ddof=1):.1f}" for x in samples]
+        iqm = "{iqm:.1f} [{iqm_low:.1f}, {iqm_high:.1f}]".format(**summary(samples))
         title = re.sub(r"^(EDP \+ [^,]*)", r"**\1**", title.replace("10%", "10 %"))
-        lines.append(dict(zip(heads, [title, *cells])))
+        lines.append(dict(zip(heads, [title, *cells, iqm])))
     return markdown(lines)
 
 
@@ -71,12 +69,11 @@ def draw(artefacts: dict[str, dict], runs: dict[str, Result], file: Path) -> Non
         offset, style = STYLES[name]
         both = zip(*(samples_of(artefacts[name], column, runs) for column in (ours, theirs)))
         for place, (x, y) in enumerate(both):
-            if x is not None and y is not None:
-                with warnings.catch_warnings(action="ignore"):  # where no seed differs there is no interval
-                    interval = stats.ttest_ind(x, y, equal_var=False).confidence_interval()
-                value = x.mean() - y.mean()
-                bar = [[value - interval.low], [interval.high - value]]
-                axes[theirs].errorbar(value, place + offset, xerr=bar, label=name, markersize=5, **style)
+            with warnings.catch_warnings(action="ignore"):  # where no seed differs there is no interval
+                interval = stats.ttest_ind(x, y, equal_var=False).confidence_interval()
+            value = x.mean() - y.mean()
+            bar = [[value - interval.low], [interval.high - value]]
+            axes[theirs].errorbar(value, place + offset, xerr=bar, label=name, markersize=5, **style)
     for theirs, ax in axes.items():
         ax.axvline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.set_title(f"EDP + {theirs} less {theirs}", fontsize=10)
