@@ -42,7 +42,7 @@ from common.harness import ogbench
 from common.harness.checkpoint import write_atomically
 from common.harness.datasets import read_transitions, resolve_task
 from common.harness.devices import jax_settings, pin_jax
-from common.harness.flags import check_flags
+from common.harness.flags import check_flags, cli
 from common.harness.recorder import RAT_WINDOW
 from common.harness.run import versions
 from common.harness.tasks import ADROIT, ANTMAZE, KITCHEN, LOCOMOTION, TASKS, Task, with_domain_defaults
@@ -184,7 +184,7 @@ class Data(NamedTuple):
 
 
 def find_data(choices: tuple[str, ...], tasks: tuple[str, ...]) -> Iterator[Data]:
-    """What --data names; of the paper's tasks only `tasks`."""
+    """What --data names; where it names the paper's tasks or a folder of files, only those of `tasks`."""
     for choice in choices:
         files = sorted(Path(choice).expanduser().resolve().glob("*.hdf5"))
         for task in tasks if files else ():
@@ -220,8 +220,7 @@ def local_dataset(task: str) -> str | None:
 # Arguments that decide no number, or only through others and the data, which are in the key themselves.
 NO_KEY = {"env_id", "dataset_id", "dataset_path", "preset", "trust", "exp_name", "run_dir", "track", "capture_video"}
 NO_KEY |= {"resume", "checkpoint_every"}
-NO_CODE = {"checkpoint", "flags", "offline", "plots", "process", "recorder"}  # of the harness, what should decide none
-NO_CODE |= {"recipes", "run"}
+NO_CODE = {"checkpoint", "flags", "offline", "plots", "process", "recorder", "recipes"}  # what should decide none
 
 
 @functools.cache
@@ -229,7 +228,7 @@ def plan(flags: str, of_all: str, data: Data, args: Args, *acting: tuple[str, An
     """The run of a column on a dataset, and how its last policy acts. Exits with one sentence if that is impossible."""
     algorithm, *own = shlex.split(flags)
     own += ["--num-seeds", str(args.num_seeds), *shlex.split(of_all), *shlex.split(args.flags), *data.flags]
-    parsed = tyro.cli(importlib.import_module(f"algorithms.{algorithm}").Args, prog=f"{algorithm}.py", args=own)
+    parsed = cli(importlib.import_module(f"algorithms.{algorithm}").Args, own, f"{algorithm}.py")
     check_flags(parsed)
     pin_jax()  # not `setup`: Ray starts its processes by a fork, which JAX's threads would not survive
     task, digest = task_and_digest(parsed.env_id, parsed.dataset_id, parsed.dataset_path, parsed.trust)
@@ -326,11 +325,12 @@ def take_kept(kept: Path, jobs: dict[Path, Job], folder: Path) -> None:
     """Finished runs go from `kept` to `folder`, and out of `jobs`; not those whose policies have to act once more, nor
     those that `folder` has with checkpoints.
 
-    Exits if no runs are kept there.
+    Exits if no runs are kept there. Prints how many it took: other code, data or versions make other runs.
     """
     if not (kept / "runs.json").exists():
         raise SystemExit(f"--kept {kept}: there is no runs.json in it, which report.py --condense writes.")
-    for name, (header, *rows) in read_raw(kept).items():
+    before, raw = len(jobs), read_raw(kept)
+    for name, (header, *rows) in raw.items():
         job, run = jobs.get(folder / name), result_of(header, *rows)
         if job and job.num_updates in run.updates and not not_acted(job, run) and not [*job.folder.glob("*.eqx")]:
             job.folder.mkdir(parents=True, exist_ok=True)
@@ -338,6 +338,7 @@ def take_kept(kept: Path, jobs: dict[Path, Job], folder: Path) -> None:
             for file, of in zip(("eval.csv", "acting.csv"), rows):
                 write_csv(job.folder / file, of)
             del jobs[job.folder]
+    print(f"{before - len(jobs)} of the {len(raw)} runs in {kept}/ are among the {before} planned, and finished.")
 
 
 # ----------------------------------------------------------------------------------------------- what needs no runs

@@ -253,7 +253,7 @@ def record(settings: Settings, sections: dict[str, Callable], suffix: str = "") 
 def draw_chart(results: dict, peers: dict | None, file: Path) -> None:
     """Updates per second of all that were measured, and of the peers, the fastest first; points, as a bar on a
     logarithmic axis has no length that means anything."""
-    machine, rows = results["machine"], results.get("updates", {})
+    machine, rows = results["machine"], results["updates"]
     cores = {1: "one core", 2: "two cores"}.get(machine["cores"], f"{machine['cores']} cores")
     where = f"{cores} of an {machine['device']}" if machine["device"] == machine["processor"] else machine["device"]
     title = f"Updates per second on {where}" + (", and as a multiple of Diffusion-QL's" if "dql" in rows else "")
@@ -292,8 +292,9 @@ def main(args: Args) -> None:
         args = replace(args, repeats=3, seconds=0.3, only=names, sections=sections)
     functions = {"updates": updates, "acting": acting, "growth": growth}
     results, file = record(args, {name: functions[name] for name in args.sections}, "-quick" if args.quick else "")
-    draw_chart(results, peers, file.with_suffix(".png"))
-    print(f"\nchart in {file.with_suffix('.png')}")
+    if "updates" in results:
+        draw_chart(results, peers, file.with_suffix(".png"))
+        print(f"\nchart in {file.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

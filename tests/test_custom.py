@@ -146,7 +146,7 @@ def record_anything(**kwargs):
 def test_what_cannot_be_learned_from_exits_naming_its_space(kind, name, datasets, exit_sentence):
     record_anything(**{f"{kind}s": name})
     space = (OTHER_OBSERVATIONS if kind == "observation" else OTHER_ACTIONS)[name]
-    assert f"has the {kind} space {space}; a" in exit_sentence(load)
+    assert f"not the {kind} space {space}." in exit_sentence(load)
 
 
 def test_wrappers_of_the_recording_are_those_of_the_evaluation(datasets):

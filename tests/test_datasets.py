@@ -65,12 +65,6 @@ def test_an_arrow_dataset_without_pyarrow_exits(hopper, monkeypatch, exit_senten
     assert "pyarrow" in exit_sentence(load, hopper)
 
 
-def test_parts_of_a_dict_observation_are_read_in_the_order_that_is_asked_for(datasets):
-    dataset = record(make_gym_env("PointMaze_UMaze-v3", max_episode_steps=5), "test/pointmaze/random-v0", 2)
-    for keys in (("observation",), ("desired_goal", "observation")):
-        assert_same(read_minari(dataset.id, keys), by_hand(dataset.id, *keys))
-
-
 # ----------------------------------------------------------------------------------------------- from data to task
 
 
@@ -291,7 +285,7 @@ def test_data_of_another_robot_are_refused(datasets, exit_sentence):
 
 
 def test_arrow_episodes_that_minaris_reader_would_mix_up_are_refused(datasets, exit_sentence):
-    """It takes each batch of each file of a folder for an episode; Arrow cuts an episode of more than 32,767 rows."""
+    """It takes each batch of each file of a folder for an episode; Arrow cuts an episode of more than 32,767 steps."""
     pendulum = gymnasium.make("Pendulum-v1", max_episode_steps=40_000)
     observations, actions = np.zeros((40_001, 3), np.float32), np.zeros((40_000, 1), np.float32)
     ends = np.zeros(40_000, bool)

@@ -39,7 +39,7 @@ NOT_RUN = {  # and why
     ),
     "python benchmarks/bandit.py": "trains for minutes to draw; test_bandit and the notebook train the same",
     "python benchmarks/solver.py": "test_solver.py runs it",
-    "python benchmarks/breaks.py": "trains for a quarter of an hour; test_breaks.py makes its edits",
+    "python benchmarks/breaks.py": "trains for half an hour; test_breaks.py makes its edits",
     "python3 -m venv .venv && source .venv/bin/activate": "sets up an environment, as `make test` did for this one",
     "pip install -r requirements-dev.txt && python -m pytest -m 'not slow' -n 2 --dist worksteal": "these very tests",
     "cp algorithms/edp_td3bc.py algorithms/edp_mean_q.py": "the fixture `exercise` does it",

@@ -22,6 +22,7 @@ import common.harness.run
 from algorithms import bc, td3bc
 from common.harness import Evaluator, load_run
 from common.harness.checkpoint import CheckpointError, checkpoints, save_checkpoint
+from common.harness.flags import cli
 
 SHORT = {"num_updates": 12, "eval_every": 3, "dataset_id": "test/hopper/random-v0", "preset": "fast"}
 SETTINGS = [a if a == "td3bc" else pytest.param(a, marks=pytest.mark.slow) for a in ALGORITHMS]
@@ -128,6 +129,8 @@ def test_a_run_that_cannot_be_this_one_is_refused(train, tmp_path, exit_sentence
     resume = str(tmp_path / "whole")
     assert "it is a run of bc, not of td3bc" in exit_sentence(train, td3bc, resume=resume)
     assert "batch_size is 16" in exit_sentence(train, bc, resume=resume, batch_size=32)
+    typed = ["--resume", resume, "--batch-size", "256"]  # its default
+    assert "batch_size is 16" in exit_sentence(lambda: bc.train(cli(bc.Args, typed)))
     assert "only be larger" in exit_sentence(train, bc, resume=resume, num_updates=3)
     assert "there is no run" in exit_sentence(train, bc, resume=str(tmp_path / "nothing"))
     assert "not empty: go on with its run by --resume" in exit_sentence(train, bc, resume)

@@ -13,6 +13,7 @@ from algorithms import dql_baseline, edp_iql, iql
 from algorithms.edp_td3bc import Args
 from common.harness import tasks
 from common.harness.environments import make_gym_env
+from common.harness.flags import cli
 from common.harness.recorded import task_of_dataset
 from common.harness.tasks import TASKS, differences, find_task, normalized_score, with_domain_defaults
 
@@ -203,21 +204,27 @@ def test_domain_defaults_fill_only_what_is_none():
     for args, chain in ((dql_baseline.Args(), (5, "vp")), (Args(), (1000, "linear"))):  # DDPM's is short on the toy
         filled = with_domain_defaults(args, tasks.BANDIT)
         assert (filled.num_diffusion_steps, filled.beta_schedule) == chain
+    for typed in (["--num-diffusion-steps", "100"], ["--beta-schedule", "linear"]):  # one of them typed leaves both
+        filled = with_domain_defaults(cli(dql_baseline.Args, typed), tasks.BANDIT)
+        assert (filled.num_diffusion_steps, filled.beta_schedule) == (100, "linear")
 
 
 @pytest.mark.parametrize(
-    ("env_id", "preset", "tau", "expected"),
+    ("env_id", "typed", "expected"),
     [
-        ("pen-human", None, 0.005, (0.005, False, 3e-5)),
-        ("pen-human", "fast", 0.005, (0.2, True, 3e-4)),
-        ("pointmaze-umaze", None, 0.005, (0.2, True, 3e-4)),
-        ("bandit", None, 0.005, (0.2, True, 3e-3)),
-        ("pointmaze-umaze", None, 0.1, (0.1, True, 3e-4)),  # a flag that is given stays
-        ("pointmaze-umaze", "paper", 0.005, (0.005, False, 3e-4)),
+        ("pen-human", "", (0.005, False, 3e-5)),
+        ("pen-human", "--preset fast", (0.2, True, 3e-4)),
+        ("pointmaze-umaze", "", (0.2, True, 3e-4)),
+        ("bandit", "", (0.2, True, 3e-3)),
+        ("pointmaze-umaze", "--preset paper", (0.005, False, 3e-4)),
+        ("pointmaze-umaze", "--tau 0.1", (0.1, True, 3e-4)),  # a flag that is given stays,
+        ("pointmaze-umaze", "--tau=0.005 --no-normalize-obs", (0.005, False, 3e-4)),  # also at its default
+        ("pointmaze-umaze", "--tau 0.005 --no_normalize_obs", (0.005, False, 3e-4)),  # which tyro reads, too
+        ("pen-human", "--preset fast --learning-rate 3e-5", (0.2, True, 3e-5)),
     ],
 )
-def test_the_fast_preset_sets_what_was_not_given(env_id, preset, tau, expected):
-    args = with_domain_defaults(Args(preset=preset, tau=tau), TASKS[env_id].environment.domain)
+def test_the_fast_preset_sets_what_was_not_given(env_id, typed, expected):
+    args = with_domain_defaults(cli(edp_iql.Args, typed.split()), TASKS[env_id].environment.domain)
     assert (args.tau, args.normalize_obs, args.learning_rate) == expected
 
 
@@ -254,7 +261,7 @@ def test_settings_that_are_not_the_papers_are_named_with_their_reason():
     assert sorted(differences(args, TASKS["pointmaze-umaze"].environment.domain)) == sorted(expected)
     locomotion = TASKS["hopper-medium"].environment.domain
     args = with_domain_defaults(edp_iql.Args(env_id="hopper-medium"), locomotion)
-    assert differences(args, locomotion) == []
+    assert differences(dataclasses.replace(args, resume="run"), locomotion) == []
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -9,7 +9,6 @@ import importlib
 MODULES = {
     "datasets": ("load_dataset", "setup"),
     "environments": ("Evaluator",),
-    "flags": ("NonNegative", "Positive", "UnitInterval", "cli"),
     "records": ("Behaviour", "Dataset", "Loss"),
     "run": ("Run", "load_run"),
     "tasks": ("Preset", "RewardRule"),

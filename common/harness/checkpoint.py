@@ -49,7 +49,8 @@ def save_checkpoint(folder: Path, state, header: dict) -> None:
     Raises OSError, and CheckpointError if the state is not finite.
     """
     state = jax.tree.map(np.asarray, state)
-    _check_finite(state)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
+        raise CheckpointError("the networks' weights are not finite")
     payload = io.BytesIO()
     payload.write(json.dumps({**header, "structure": str(jax.tree.structure(state))}).encode() + b"\n")
     eqx.tree_serialise_leaves(payload, state)
@@ -122,13 +123,6 @@ def read_state(header: dict, stream: io.BytesIO, like):
         what = "another kind of state than this version has" if header["update"] else "no state yet"
         raise CheckpointError(f"it holds {what}")
     try:
-        state = eqx.tree_deserialise_leaves(stream, like)
+        return eqx.tree_deserialise_leaves(stream, like)
     except (ValueError, RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"its state does not fit: {error}") from None
-    _check_finite(state)
-    return state
-
-
-def _check_finite(state) -> None:
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
-        raise CheckpointError("the networks' weights are not finite")

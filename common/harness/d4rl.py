@@ -48,8 +48,11 @@ def d4rl_task(task: Task, path: Path) -> Task:
         print("Note: D4RL's ant is not Gymnasium's, where the policy is evaluated: its scores do not compare.")
         environment = environment._replace(obs_keys=("achieved_goal", "observation"), sparse=False)
     elif environment.domain == KITCHEN:
+        goal = read_d4rl(path, environment.max_steps)[0].obs[:, 30:]  # which every observation repeats
+        if goal.shape[1:] != (30,) or not np.allclose(goal, goal[0]):
+            raise ValueError("kitchen observations are 60 wide, the last 30 the same in all")
         columns = (*range(9), *range(18, 39))  # positions; Gymnasium's 59 hold velocities as well
-        environment = environment._replace(obs_columns=columns, obs_constants=_kitchen_goal(path))
+        environment = environment._replace(obs_columns=columns, obs_constants=tuple(goal[0].tolist()))
     elif environment.domain != ADROIT:
         raise SystemExit(f"--dataset-path reads D4RL's files of the paper's tasks; --env-id {task.env_id} is not one.")
     return task._replace(environment=environment, dataset_ids=(), file=path)
@@ -72,12 +75,9 @@ def read_d4rl(path: Path, max_steps: int) -> tuple[Dataset, np.ndarray]:
     if not np.isin(np.append(terminal, timeout), (0, 1)).all():
         raise ValueError("its terminals or timeouts are neither 0 nor 1")
     terminal, timeout = terminal > 0, timeout > 0
-    lengths = {len(array) for array in (obs, action, reward, terminal, timeout)}
-    if len(lengths) > 1 or obs.ndim != 2 or action.ndim != 2 or len(obs) < 2:
-        raise ValueError(
-            f"its arrays have the lengths {sorted(lengths)}; D4RL's files are flat, with observations, actions, "
-            "rewards and terminals at the root"
-        )
+    lengths = sorted({len(array) for array in (obs, action, reward, terminal, timeout)})
+    if len(lengths) > 1:
+        raise ValueError(f"its arrays have the lengths {lengths}")
     kept = np.flatnonzero(~timeout[:-1])
     ends = np.flatnonzero((terminal | timeout)[:-1]) + 1
     ends = np.unique(np.append(np.searchsorted(kept, ends), len(kept)))
@@ -91,12 +91,3 @@ def _count_timeouts(terminal: np.ndarray, max_steps: int) -> np.ndarray:
         timeout[i] = step == max_steps - 1
         step = 0 if timeout[i] else 1 if is_terminal else step + 1
     return timeout
-
-
-def _kitchen_goal(path: Path) -> tuple[float, ...]:
-    """The goal, which the observations of a file repeat."""
-    with open_hdf5(path) as file:
-        goal = np.asarray(hdf5_arrays(file["observations"])[:, 30:], np.float64)
-    if goal.shape[1:] != (30,) or not np.allclose(goal, goal[0]):
-        raise ValueError("kitchen observations are 60 wide, the last 30 the same in all")
-    return tuple(goal[0].tolist())

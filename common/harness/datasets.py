@@ -43,17 +43,14 @@ def setup(args):
     check_flags(args)
     args = resumed(args)
     set_up_jax()
+    task = resolve_task(args.env_id, args.dataset_id, args.dataset_path, args.trust)
+    args = tasks.with_domain_defaults(args, task.environment.domain)  # first: a copy does not know what was typed
     if args.dataset_path is not None:
         args = dataclasses.replace(args, dataset_path=str(Path(args.dataset_path).expanduser().absolute()))
-    task = resolve_task(args.env_id, args.dataset_id, args.dataset_path, args.trust)
-    args = tasks.with_domain_defaults(args, task.environment.domain)
-    if args.capture_video or args.eval_episodes:
-        if not task.is_played:
-            raise SystemExit(
-                f"Dataset {task.data} names no environment: leave --eval-episodes and --capture-video out."
-            )
-        if args.capture_video:
-            check_camera(task.environment)
+    if not task.is_played and (args.capture_video or args.eval_episodes):
+        raise SystemExit(f"Dataset {task.data} names no environment: leave --eval-episodes and --capture-video out.")
+    if args.capture_video:
+        check_camera(task.environment)
     return args, task._replace(is_played=args.eval_episodes > 0)
 
 
@@ -101,7 +98,7 @@ def _ensure_local(dataset_id: str) -> str:
         raise SystemExit(f"{dataset_id!r} is no id of a Minari dataset, such as D4RL/pen/human-v2.") from None
     except OSError as error:
         raise SystemExit(f"Cannot read datasets ({error}); set MINARI_DATASETS_PATH.") from None
-    if (path / "data").exists():
+    if path.exists():
         cause = "its download was cut off, or it was written by Minari 0.4, whose layout Minari reads no more"
         raise SystemExit(f"{_name(dataset_id)} has no data/metadata.json: {cause}; move it away and start again.")
     if dataset_id in recipes.RECIPES:
@@ -131,19 +128,15 @@ def _staged(path: Path, megabytes: float) -> Iterator[None]:
     root = get_dataset_path()
     if (free := shutil.disk_usage(root).free / 1e6) < (needed := 1.1 * megabytes):  # without it HDF5 would crash
         raise SystemExit(f"{root} has {free:.0f} MB left, and {needed:.0f} are needed; set MINARI_DATASETS_PATH.")
-    try:
-        temporary = tempfile.TemporaryDirectory(dir=root, prefix=".making-")
-    except OSError as error:
-        raise SystemExit(f"Cannot write datasets to {root} ({error.strerror}); set MINARI_DATASETS_PATH.") from None
-    with temporary as folder:
+    for folder in (root, next(parent for parent in path.parents if parent.exists())):
+        if not os.access(folder, os.W_OK):
+            raise SystemExit(f"Cannot write datasets to {folder}; set MINARI_DATASETS_PATH.")
+    with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as folder:
         with patch.dict(os.environ, MINARI_DATASETS_PATH=folder):
             yield
-        made, namespace = Path(folder) / path.relative_to(root), path.relative_to(root).parent
-        with contextlib.suppress(ValueError):  # it exists
-            minari.namespace.create_namespace(namespace.as_posix())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):  # made by another process in the meantime
-            made.rename(path)
+        if not path.exists():  # made by another process in the meantime
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (Path(folder) / path.relative_to(root)).rename(path)
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -180,7 +173,7 @@ def read_transitions(task: Task) -> tuple[Dataset, np.ndarray]:
     if task.file is not None:
         with _reading(f"The file {task.file}"):
             if ogbench.knows(task.env_id):
-                return _checked(*ogbench.read(task.file, task.env_id))
+                return _checked(*ogbench.read(task.file, task.environment.gym_id))
             return _checked(*read_d4rl(task.file, task.environment.max_steps))
     datasets, ends = zip(*(read_minari(dataset_id, task.environment.obs_keys) for dataset_id in task.dataset_ids))
     lengths = [np.diff(of_part, prepend=0) for of_part in ends]
@@ -191,13 +184,20 @@ def read_minari(dataset_id: str, obs_keys: tuple[str, ...] = ()) -> tuple[Datase
     """The transitions of a local Minari dataset, and the index after each episode's last one."""
     with _reading(_name(dataset_id)):
         recording, columns = _open(dataset_id), [[] for _ in Dataset._fields]
-        spaces = observation_parts(recording.observation_space, obs_keys)
+        spaces, space = observation_parts(recording.observation_space, obs_keys), recording.action_space
+        if not spaces or not all(isinstance(part, Box) and not is_image_space(part) for part in spaces):
+            found = printable(recording.observation_space)
+            raise ValueError(f"a Box or a Dict of them, without images, is needed, not the observation space {found}")
+        is_flat = isinstance(space, Box) and len(space.shape) == 1 and space.dtype.kind == "f"
+        if not is_flat or not (np.abs([space.low, space.high]).max() < LARGEST and (space.low < space.high).all()):
+            found = printable(space)
+            raise ValueError(f"a bounded Box of floats in one dimension is needed, not the action space {found}")
         for episode in _episodes(recording):
             parts = [numbers(part, "observations") for part in observation_parts(episode["observations"], obs_keys)]
             action, reward, terminal = (numbers(episode[name], name) for name in ("actions", "rewards", "terminations"))
             steps = len(action)
             read = [part.shape for part in parts], action.shape, (reward.size,), (terminal.size,)
-            shapes = [(steps + 1, *space.shape) for space in spaces], (steps, *recording.action_space.shape)
+            shapes = [(steps + 1, *part.shape) for part in spaces], (steps, *space.shape)
             if read != (*shapes, (steps,), (steps,)):
                 raise ValueError(f"an episode's columns have the shapes {read}, not {(*shapes, (steps,), (steps,))}")
             # an episode of L steps has L + 1 observations, the last one real
@@ -251,8 +251,9 @@ def load_dataset(task: Task, reward_rule: RewardRule, normalize_obs: bool = Fals
     Exits with a sentence if they are damaged or do not fit their environment.
     """
     environment = task.environment
-    low, high = _action_bounds(task)
     dataset, ends = relabel(*read_transitions(task), environment)
+    space = _open(task.dataset_ids[-1]).action_space if task.dataset_ids else Box(-1, 1, (1,))  # of all files
+    low, high = np.float32(space.low), np.float32(space.high)
     name = f"Dataset {task.data}" if task.dataset_ids else f"The file {task.file}"
     starts = np.append(0, ends[:-1])
     if task.is_played:
@@ -303,22 +304,3 @@ def load_dataset(task: Task, reward_rule: RewardRule, normalize_obs: bool = Fals
         scaled = lambda of: of._replace(obs=(of.obs - mean) / std, next_obs=(of.next_obs - mean) / std)
         dataset, held_back = scaled(dataset), held_back and (scaled(held_back[0]), held_back[1])
     return dataset, Behaviour(statistics, ends, scores, mean, std, paths, held_back)
-
-
-def _action_bounds(task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """Of the recorded actions. Exits unless actions and observations are of a kind that can be learned from."""
-    low, high = np.full(1, -1, np.float32), np.full(1, 1, np.float32)  # of all files
-    for dataset_id in task.dataset_ids:
-        with _reading(_name(dataset_id)):
-            space, obs_space = (recording := _open(dataset_id)).action_space, recording.observation_space
-            parts = observation_parts(obs_space, task.environment.obs_keys)
-        if not parts or not all(isinstance(part, Box) and not is_image_space(part) for part in parts):
-            described = f"the observation space {printable(obs_space)}; a Box or a Dict of them, without images,"
-            raise SystemExit(f"Dataset {dataset_id} has {described} is needed.")
-        low, high = (getattr(space, bound, np.zeros(1)).astype(np.float32) for bound in ("low", "high"))
-        with np.errstate(over="ignore"):
-            is_bounded = (high > low).all() and np.isfinite(high - low).all()
-        if not (isinstance(space, Box) and len(space.shape) == 1 and space.dtype.kind == "f" and is_bounded):
-            described = f"the action space {printable(space)}; a bounded Box of floats in one dimension"
-            raise SystemExit(f"Dataset {dataset_id} has {described} is needed.")
-    return low, high

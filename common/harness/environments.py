@@ -16,7 +16,6 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.wrappers.utils import RunningMeanStd
 from jaxtyping import Array, Float, Key
 
 from common.harness.records import Episodes, printable, reason_of
@@ -171,7 +170,8 @@ def _first_steps(env: gymnasium.Env) -> Float[np.ndarray, "steps columns"]:
 def check_environment(name: str, environment: Environment, starts, low, high, act_shape: tuple[int, ...]) -> None:
     """Exits unless it can be played here, with observations like `starts` (episodes, obs_dim), and actions in bounds.
 
-    And unless an episode in it depends on its seed alone, so that a run does not depend on where it was stopped.
+    Exits, too, if an episode depends on the ones before, so that no run depends on where it was stopped. Notes an
+    environment that ignores its seed.
     """
     try:
         env = make_env(environment)
@@ -190,10 +190,7 @@ def check_environment(name: str, environment: Environment, starts, low, high, ac
     height = np.median(starts[:, 0])  # halfcheetah is as wide as walker2d, but starts at 0 ± 0.1, not at 1.25
     if environment.domain == LOCOMOTION and abs(height - first[0, 0]) > 0.5:
         raise SystemExit(f"{name} is not {gym_id}'s: its episodes start {height:.2f} high, not {first[0, 0]:.2f}.")
-    layers = [env]
-    while isinstance(layers[-1], gymnasium.Wrapper):
-        layers.append(layers[-1].env)
-    runs_on = any(isinstance(value, RunningMeanStd) for layer in layers for value in vars(layer).values())
+    runs_on = env.has_wrapper_attr("obs_rms") or env.has_wrapper_attr("return_rms")
     if runs_on or not (ignores_seed or _same(first, again)):
         raise SystemExit(
             f"{name} needs an environment whose episodes depend on the ones before, as with NormalizeObservation or "

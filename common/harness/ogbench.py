@@ -19,13 +19,6 @@ def knows(env_id: str) -> bool:
     return "singletask" in env_id.split("-")
 
 
-def _split(env_id: str) -> tuple[str, str]:
-    """(environment, dataset): the name without the kind of data, and without the task."""
-    parts = env_id.split("-")
-    at = parts.index("singletask")
-    return "-".join(parts[: at - 1] + parts[at:]), "-".join(parts[:at] + parts[-1:])
-
-
 def task_of(env_id: str, path: Path | None = None) -> Task:
     """The task with the data of the file at `path`, by default OGBench's own, which are downloaded if not there.
 
@@ -36,7 +29,9 @@ def task_of(env_id: str, path: Path | None = None) -> Task:
     except ImportError:
         raise SystemExit(f"{env_id} is OGBench's: `pip install ogbench -r requirements.txt` first.") from None
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # its spaces warn at every reset
-    gym_id, dataset = _split(env_id)
+    place, _, rest = env_id.partition("-singletask")
+    gym_id = f"{place.rpartition('-')[0]}-singletask{rest}"  # without the kind of data
+    dataset = f"{place}-{rest.rpartition('-')[2]}"  # without the task
     if "visual" in gym_id or "powderworld" in gym_id:
         raise SystemExit(f"{env_id} is learned from pictures; these algorithms learn from states.")
     try:
@@ -51,17 +46,12 @@ def task_of(env_id: str, path: Path | None = None) -> Task:
     return Task(env_id, environment._replace(return_is_max=True), (), path)
 
 
-def read(path: Path, env_id: str) -> tuple[Dataset, np.ndarray]:
+def read(path: Path, gym_id: str) -> tuple[Dataset, np.ndarray]:
     """(transitions, index after each episode's last) of a file, paid for the task. Raises KeyError or ValueError."""
     import ogbench
     from ogbench.relabel_utils import relabel_dataset
 
-    gym_id, _ = _split(env_id)
-    with np.load(path) as file:  # OGBench's reader takes it for granted
-        if not file["terminals"][-1]:
-            raise ValueError("its last row has to end an episode, but its `terminals` is 0")
-    data = ogbench.load_dataset(path, add_info=True)
-    env = make_gym_env(gym_id)
+    data, env = ogbench.load_dataset(path, add_info=True), make_gym_env(gym_id)
     relabel_dataset(gym_id, env, data)
     env.close()
     names = ("observations", "actions", "rewards", "next_observations", "masks")

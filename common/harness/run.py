@@ -52,7 +52,7 @@ from common.harness.devices import episode_keys, jax_settings, seed_keys, set_up
 from common.harness.environments import Evaluator
 from common.harness.recorder import Recorder, import_wandb
 from common.harness.records import Behaviour
-from common.harness.tasks import Task, differences
+from common.harness.tasks import Task, differences, given
 
 PACKAGES = ("jax", "jaxlib", "equinox", "optax", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
 MIN_CHUNK, MAX_CHUNK = 100, 1000  # updates between two signs of life, and between two rows of metrics
@@ -123,18 +123,18 @@ class Run:
         if Path(name).name != name or not name.isprintable():
             raise SystemExit(f"--exp-name {self.args.exp_name!r} must be a part of a folder's name.")
         suffixes = itertools.chain([""], (f"-{i}" for i in itertools.count(1)))
-        given = None if self.args.run_dir is None else Path(self.args.run_dir).expanduser()
-        for folder in (given or Path("runs") / f"{name}{suffix}" for suffix in suffixes):
+        chosen = None if self.args.run_dir is None else Path(self.args.run_dir).expanduser()
+        for folder in (chosen or Path("runs") / f"{name}{suffix}" for suffix in suffixes):
             with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True, exist_ok=given is not None)
+                folder.mkdir(parents=True, exist_ok=chosen is not None)
                 self._lock(folder)
                 if all(path.suffix == ".tmp" for path in folder.iterdir()):
                     save_checkpoint(folder, (), self.header)
                     return folder
                 os.close(self.lock)
-            if given is not None:
-                help_text = f"go on with its run by --resume {given}, or " if checkpoints(given) else ""
-                raise SystemExit(f"The run directory {given} is not empty: {help_text}choose another --run-dir.")
+            if chosen is not None:
+                help_text = f"go on with its run by --resume {chosen}, or " if checkpoints(chosen) else ""
+                raise SystemExit(f"The run directory {chosen} is not empty: {help_text}choose another --run-dir.")
 
     def _open_folder(self) -> Path:
         """The folder of --resume, if its run is the one that these data and this version would have made so far."""
@@ -309,20 +309,19 @@ def resumed(args):
         saved = saved_args(header, type(args))
     except CheckpointError as error:
         raise SystemExit(f"Cannot resume {args.resume}: {error}.") from None
-    fields = dataclasses.fields(args)
-    given = {f.name: value for f in fields if (value := getattr(args, f.name)) not in (f.default, None)}
-    for name in given.keys() - {"resume", *FREE}:
-        if given[name] != getattr(saved, name):
+    now = {name: value for name in given(args) if (value := getattr(args, name)) is not None}
+    for name in now.keys() - {"resume", *FREE}:
+        if now[name] != getattr(saved, name):
             raise SystemExit(
                 f"--resume goes on with the settings of its run, in which {name} is {getattr(saved, name)}; only "
                 f"{', '.join('--' + free.replace('_', '-') for free in FREE)} can be given with it."
             )
-    longer = given.get("num_updates", saved.num_updates) - saved.num_updates
+    longer = now.get("num_updates", saved.num_updates) - saved.num_updates
     if longer < 0:
         raise SystemExit(f"The run in {args.resume} has {saved.num_updates} updates; --num-updates can only be larger.")
     if longer and saved.lr_decay:
         print("Note: with --lr-decay the learning rate now falls to 0 at the new end; it rises until then.")
-    return dataclasses.replace(saved, **{"trust": ""} | given)  # whom to trust is not for a file to say
+    return dataclasses.replace(saved, **{"trust": ""} | now)  # whom to trust is not for a file to say
 
 
 def load_run(folder: Path | str, algorithm: ModuleType) -> tuple[Any, Any, dict]:

@@ -9,8 +9,7 @@ reference scores of D4RL), a *task* (an environment with its datasets, the unit 
 import dataclasses
 import difflib
 import itertools
-import os
-import sys
+import signal
 import textwrap
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -185,24 +184,30 @@ def find_task(env_id: str) -> Task:
     )
 
 
+def given(args) -> set[str]:
+    """The flags that were typed, or are not at their default: a preset leaves them alone, and --resume heeds them."""
+    changed = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) != field.default}
+    return changed | getattr(args, "typed", set())
+
+
 def with_domain_defaults(args, domain: Domain):
     """`args` with every field that is None set to the domain's default; IQL's reward rule for what has an expectile.
 
-    The preset "fast" then sets the fields of `FAST` (`FAST_DDPM`) that are at their default, and raises adroit's rate.
+    The preset "fast" sets the fields of `FAST` (`FAST_DDPM`) that were not given, too, and raises adroit's rate.
     A run shorter than the domain's evaluation interval is evaluated once, at its end. Exits if the updates are no
     multiple of that interval.
     """
     defaults = domain._asdict() | ({"reward_rule": domain.iql_reward_rule} if hasattr(args, "expectile") else {})
-    if (args.preset or domain.preset) == "fast":  # adroit's 3e-5 is for a million updates
-        defaults["learning_rate"] = max(domain.learning_rate, LOCOMOTION.learning_rate)
     if args.num_updates is not None:
         defaults["eval_every"] = min(defaults["eval_every"], max(args.num_updates, 1))
-    unset = [field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None]
-    args = dataclasses.replace(args, **{name: defaults[name] for name in unset if name in defaults})
-    if args.preset == "fast":
-        fast = FAST | FAST_DDPM if domain == BANDIT and getattr(args, "sampler", None) == "ddpm" else FAST
-        at_default = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) == field.default}
-        args = dataclasses.replace(args, **{name: value for name, value in fast.items() if name in at_default})
+    fast = {}
+    if (args.preset or domain.preset) == "fast" and not args.resume:  # whose settings are those of its run
+        on_toy = domain == BANDIT and getattr(args, "sampler", None) == "ddpm"
+        fast = FAST | FAST_DDPM if on_toy and not FAST_DDPM.keys() & given(args) else FAST
+        defaults["learning_rate"] = max(domain.learning_rate, LOCOMOTION.learning_rate)  # adroit's: a million updates
+    names = {field.name for field in dataclasses.fields(args)}
+    free = {name for name in names if getattr(args, name) is None} | fast.keys() & names - given(args)
+    args = dataclasses.replace(args, **{name: value for name, value in (defaults | fast).items() if name in free})
     if args.num_updates % args.eval_every:
         multiple = max(args.num_updates // args.eval_every, 1) * args.eval_every
         raise SystemExit(
@@ -215,12 +220,12 @@ def with_domain_defaults(args, domain: Domain):
 def differences(args, domain: Domain) -> list[str]:
     """The settings of a run that are not the paper's in locomotion, each with its reason."""
     shown = []
-    for name, value in vars(args).items():
+    for name, value in dataclasses.asdict(args).items():
         of_paper, of_domain = ({getattr(of, name, None)} for of in (LOCOMOTION, domain))
         if name == "reward_rule":
             of_paper, of_domain = of_paper | {LOCOMOTION.iql_reward_rule}, of_domain | {domain.iql_reward_rule}
         is_usual = value in of_paper or value == type(args).__dataclass_fields__[name].default
-        if not is_usual and name not in ("env_id", "run_dir"):  # which are printed as well
+        if not is_usual and name not in ("env_id", "run_dir", "resume"):  # which are printed as well
             is_fast = args.preset == "fast" and (FAST | FAST_DDPM).get(name) == value
             reason = "preset fast" if is_fast else domain.name if value in of_domain else "given"
             shown.append(f"{name} {value} ({reason})")
@@ -249,11 +254,8 @@ def main() -> None:
         data = " + ".join([first, *(other.rpartition("/")[2] for other in others)])
         played, (low, high) = str(environment.gym_id).rpartition(":")[2], environment.reference
         print(f"  {task.env_id:<26}{data:<42}{played:<23}{environment.max_steps:<7}{low:.0f}, {high:.0f}")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` closes it
+    main()

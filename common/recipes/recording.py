@@ -2,21 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gymnasium
-import minari
+import jax
 import numpy as np
 from minari.data_collector import EpisodeBuffer
-
-from common.harness.environments import quietly
-from common.harness.tasks import ENVIRONMENTS
 
 POLICIES = Path(__file__).with_name("policies")
 # Actions are rounded to multiples of 2^-12. Processors round a product of matrices differently in its last bit, which
 # a chaotic simulation would make another episode of; on the grid it hardly ever shows. No policy is that exact.
 GRID = 2.0**12
-Act = Callable[[np.ndarray | dict], np.ndarray]  # the action in an observation
 
 
 def load_policy(name: str) -> dict[str, np.ndarray]:
@@ -25,7 +20,7 @@ def load_policy(name: str) -> dict[str, np.ndarray]:
         return {key: array.astype(np.float64) for key, array in file.items()}
 
 
-def network(arrays: dict[str, np.ndarray], activation: Callable) -> Callable[[np.ndarray], np.ndarray]:
+def network(arrays: dict[str, np.ndarray], activation: Callable = lambda x: np.maximum(x, 0)) -> Callable:
     """The function of a fully connected network with the arrays weight_0 (in, out), bias_0, weight_1 and so on."""
     num = sum(key.startswith("weight_") for key in arrays)
     *hidden, (last, offset) = [(arrays[f"weight_{i}"], arrays[f"bias_{i}"]) for i in range(num)]
@@ -38,20 +33,11 @@ def network(arrays: dict[str, np.ndarray], activation: Callable) -> Callable[[np
     return forward
 
 
-def relu(x: np.ndarray) -> np.ndarray:
-    return np.maximum(x, 0)
-
-
-def record(
-    env: gymnasium.Env,
-    begin: Callable[[np.random.Generator, float], tuple[dict | None, Act]],
-    num_steps: int,
-    seed: int,
-    leave: float = 0.0,
-) -> list[EpisodeBuffer]:
+def record(env: gymnasium.Env, begin: Callable, num_steps: int, seed: int, leave: float = 0.0) -> list[EpisodeBuffer]:
     """Whole episodes: `num_steps`, and what the last one needs to end.
 
-    `begin(rng, progress)` returns an episode's options of reset and its policy, at a `progress` from 0 to 1.
+    `begin(rng, progress)` returns an episode's options of reset (or None) and its policy, a function of an observation,
+    at a `progress` from 0 to 1.
     `leave` is the chance of ending an episode after a step that pays.
     """
     rng, episodes, total = np.random.default_rng(seed), [], 0
@@ -73,23 +59,6 @@ def record(
 def episode(observations: list, actions: list, rewards: list, terminated: bool = False) -> EpisodeBuffer:
     """Of L actions and rewards and L + 1 observations; its last step terminates it, or cuts it off."""
     is_last = np.arange(len(rewards)) == len(rewards) - 1
-    if isinstance(observations[0], dict):
-        observations = {key: np.array([obs[key] for obs in observations]) for key in observations[0]}
-    return EpisodeBuffer(
-        observations=observations if isinstance(observations, dict) else np.array(observations),
-        actions=np.array(actions),
-        rewards=np.array(rewards),
-        terminations=is_last & terminated,
-        truncations=is_last & (not terminated),
-    )
-
-
-def write(dataset_id: str, episodes: list[EpisodeBuffer], env: gymnasium.Env, **metadata: Any) -> minari.MinariDataset:
-    """Writes the episodes, recorded in `env`, with D4RL's reference returns, and closes it."""
-    low, high = ENVIRONMENTS[env.spec.name].reference
-    with quietly():  # Minari warns of the author and the licence, which a local dataset need not have
-        dataset = minari.create_dataset_from_buffers(
-            dataset_id, episodes, env=env, eval_env=env, ref_min_score=low, ref_max_score=high, **metadata
-        )
-    env.close()
-    return dataset
+    ends = {"terminations": is_last & terminated, "truncations": is_last & (not terminated)}
+    observations = jax.tree.map(lambda *parts: np.stack(parts), *observations)  # arrays, or dicts of them
+    return EpisodeBuffer(observations=observations, actions=np.array(actions), rewards=np.array(rewards), **ends)
