@@ -26,13 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from bandit import draw
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 from report import read_csv, write_csv
 from runner import ROOT
 
 from common.harness import load_run
+from common.harness.bandit import MODES, RADIUS
 
 COLUMNS = ("row", "update", "seed", "episode", "return")
 # The preset "fast" by its flags, so that each of them can be taken back
@@ -115,6 +116,12 @@ def scores(lines: list[dict]) -> tuple[list[int], np.ndarray]:
     return updates, 100 * returns.mean(axis=2)
 
 
+def draw_actions(ax: Axes, actions: np.ndarray) -> None:
+    ax.add_patch(Circle(MODES[0], RADIUS, color="tab:orange", alpha=0.25, linewidth=0))  # where they pay
+    ax.scatter(*actions.T, s=3, alpha=0.4, linewidths=0)
+    ax.set(aspect="equal", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), xticks=[], yticks=[])
+
+
 def draw_curves(ax: Axes, rows: dict[str, list[dict]], name: str) -> None:
     for row, color in ("maze-as-it-is", "0.7"), (name, "tab:blue"):
         if row in rows:
@@ -139,7 +146,7 @@ def main(args: Args) -> None:
         if row.base is BANDIT:
             keys = jax.random.split(jax.random.key(1), (run_args.num_seeds, 400))
             actions = module.act(state, jnp.zeros((run_args.num_seeds, 400, 1)), keys, 0, run_args)
-            draw(figure.subplots(), np.asarray(actions[0]), "tab:blue", title="", limit=1.1)
+            draw_actions(figure.subplots(), np.asarray(actions[0]))
         else:
             draw_curves(figure.subplots(), rows, name)
         figure.savefig(args.results_dir / f"{name}.png", dpi=100)

@@ -220,7 +220,8 @@ def local_dataset(task: str) -> str | None:
 # Arguments that decide no number, or only through others and the data, which are in the key themselves.
 NO_KEY = {"env_id", "dataset_id", "dataset_path", "preset", "trust", "exp_name", "run_dir", "track", "capture_video"}
 NO_KEY |= {"resume", "checkpoint_every"}
-NO_CODE = {"checkpoint", "flags", "offline", "plots", "process", "recorder", "recipes"}  # what should decide none
+# Files and folders of common/ that should decide no number.
+NO_CODE = {"checkpoint", "flags", "offline", "plots", "process", "recorder", "recipes"}
 
 
 @functools.cache
@@ -338,7 +339,7 @@ def take_kept(kept: Path, jobs: dict[Path, Job], folder: Path) -> None:
             for file, of in zip(("eval.csv", "acting.csv"), rows):
                 write_csv(job.folder / file, of)
             del jobs[job.folder]
-    print(f"{before - len(jobs)} of the {len(raw)} runs in {kept}/ are among the {before} planned, and finished.")
+    print(f"{before - len(jobs)} of {before} planned runs are taken from {kept}/, which holds {len(raw)}.")
 
 
 # ----------------------------------------------------------------------------------------------- what needs no runs

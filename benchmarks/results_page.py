@@ -39,13 +39,13 @@ def samples_of(artefact: dict, column: str, runs: dict[str, Result]) -> Samples:
 
 def scores(name: str, data: list[str], of: dict[str, Samples], behaviour: dict[str, float]) -> str:
     """A row for each algorithm."""
-    heads = [name, *(short(of_data, "<br>") for of_data in data), "IQM,<br>95 %"]
-    lines = [dict(zip(heads, ["behaviour", *(f"{behaviour[of_data]:.1f}" for of_data in data), "-"]))]
+    heads = [name, *(short(of_data, "<br>") for of_data in data), "mean", "IQM,<br>95 %"]
+    lines = [dict(zip(heads, ["behaviour", *(f"{behaviour[of_data]:.1f}" for of_data in data), "-", "-"]))]
     for title, samples in of.items():
         cells = [f"{x.mean():.1f} ± {x.std(ddof=1):.1f}" for x in samples]
-        iqm = "{iqm:.1f} [{iqm_low:.1f}, {iqm_high:.1f}]".format(**summary(samples))
+        means = "{mean:.1f} ± {deviation:.1f}|{iqm:.1f} [{iqm_low:.1f}, {iqm_high:.1f}]".format(**summary(samples))
         title = re.sub(r"^(EDP \+ [^,]*)", r"**\1**", title.replace("10%", "10 %"))
-        lines.append(dict(zip(heads, [title, *cells, iqm])))
+        lines.append(dict(zip(heads, [title, *cells, *means.split("|")])))
     return markdown(lines)
 
 

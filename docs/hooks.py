@@ -173,9 +173,10 @@ def scores(algorithm: str) -> str:
     table = ROOT / f"{SCORES}-{algorithm}.md"
     if not table.is_file():
         raise PluginError(f"there is no file {table.relative_to(ROOT)}")
+    which = "short runs with K = 5" if algorithm == "dql_baseline" else "short runs"
     text = (
-        "[Short runs](../results.md#each-with-its-own-settings): the last score after 10,000 updates, mean ± deviation "
-        "of five seeds, `behaviour` that of the data. In the curves the band is the range of the seeds."
+        f"Of [{which}](../results.md#each-with-its-own-settings): the last score after 10,000 updates, mean ± "
+        "deviation of five seeds, `behaviour` that of the data. In the curves the band is the range of the seeds."
     )
     picture = f"![score against updates on each of the six datasets](../../{SCORES}-{algorithm}.png)"
     return f"## Scores\n\n{text}\n\n{beside('beside scores', table.read_text(), picture)}"

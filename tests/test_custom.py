@@ -42,6 +42,7 @@ OTHER_ACTIONS = {
     "Dict": Dict(a=UNIT),
     "inf": Box(-np.inf, np.inf, (2,)),
     "e+38": Box(-np.finfo(np.float32).max, np.finfo(np.float32).max, (2,)),
+    "0.5": Box(0.5, 0.5 + 1e-9, (1,), np.float64),  # nor has this one, in float32
     "(2, 2)": Box(-1, 1, (2, 2)),
     "int64": Box(0, 9, (2,), np.int64),
     "[0. 1.]": Box(np.array([0, 1], np.float32), np.array([1, 1], np.float32)),  # the second has no width

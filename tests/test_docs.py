@@ -24,6 +24,7 @@ import tyro
 from helpers import ALGORITHMS, SCRIPTS, TINY, make_args
 
 from common.harness import Dataset
+from common.harness.flags import cli
 from common.harness.tasks import ENVIRONMENTS, TASKS, with_domain_defaults
 
 ROOT = SCRIPTS.parent
@@ -94,7 +95,7 @@ def test_a_command_of_the_docs_works(command):
             with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit, match="0"):
                 tyro.cli(module.Args, args=words[2:])
             return
-        args = tyro.cli(module.Args, args=words[2:])
+        args = (cli if folder == "algorithms" else tyro.cli)(module.Args, args=words[2:])
         if folder == "algorithms":
             assert args.env_id in TASKS
             with_domain_defaults(args, TASKS[args.env_id].environment.domain)  # intervals fit

@@ -58,7 +58,7 @@ def test_an_episode_lasts_200_steps_and_is_paid_for_success_alone(file):
     ("change", "named"),
     [
         (lambda arrays: arrays.pop("qpos"), "there is no 'qpos' in it"),
-        (lambda arrays: arrays["terminals"].__setitem__(-1, 0), "its next_obs has the shape"),
+        (lambda arrays: arrays["terminals"].__setitem__(-1, 0), "its last row has to end an episode"),
     ],
 )
 def test_what_the_file_lacks_is_told(change, named, file, exit_sentence):

@@ -54,6 +54,11 @@ def test_the_profile_is_the_share_of_runs_above():
     np.testing.assert_allclose(pairs.profile(scores, np.array([-1.0, 5.0, 15.0])), [1.0, 0.375, 0.125])
 
 
+def test_the_range_without_one_dataset():
+    ours, theirs = [np.full(3, value) for value in (1.0, 2.0, 9.0)], [np.zeros(3)] * 3
+    assert pairs.without_one(pairs.less(pairs.mean), ours, theirs) == (1.5, 5.5)
+
+
 def test_ahead_and_behind_by_welch_and_holm():
     """Of four comparisons the smallest p is held against 0.05 / 4, the next against 0.05 / 3, and so on."""
     rng = np.random.default_rng(0)

@@ -234,7 +234,7 @@ def test_condensed_runs_hold_every_value_and_give_the_same_report(tmp_path, writ
     assert "does not have" in exit_sentence(report.condense, tmp_path / "others", tmp_path / "condensed")
 
 
-def test_finished_runs_that_are_kept_are_taken_and_not_run_again(tmp_path, write_run, exit_sentence):
+def test_finished_runs_that_are_kept_are_taken_and_not_run_again(tmp_path, write_run, exit_sentence, capsys):
     acting = [(3, seed, j, 0.5) for seed in range(3) for j in range(4)]
     write_run("runs/a/x", np.ones((2, 3, 4)), acting=acting)
     write_run("runs/a/short", np.ones((1, 3, 4)))  # which was stopped at half its updates
@@ -244,6 +244,7 @@ def test_finished_runs_that_are_kept_are_taken_and_not_run_again(tmp_path, write
     jobs = {of(name).folder: of(name) for name in ("short", "y")} | {acted.folder: acted}
     reproduce.take_kept(tmp_path / "kept", jobs, tmp_path / "new")
     assert [folder.name for folder in jobs] == ["short", "y"]
+    assert f"1 of 3 planned runs are taken from {tmp_path / 'kept'}/, which holds 2." in capsys.readouterr().out
     taken, original = (report.read_runs(tmp_path / name)["a/x"] for name in ("new", "runs"))
     np.testing.assert_array_equal(taken.scores, original.scores)
     ((settings, scores),) = taken.acting.items()

@@ -22,6 +22,7 @@ from algorithms import bc
 from common.harness import Behaviour, Run, process
 from common.harness.checkpoint import checkpoints
 from common.harness.devices import episode_keys
+from common.harness.flags import cli
 from common.harness.run import resumed
 from common.harness.tasks import TASKS
 
@@ -45,6 +46,14 @@ def test_a_run_whose_folder_was_moved_away_leaves_the_one_in_its_place_alone(tmp
         run.save(10, weights, metrics)
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-10.eqx", "checkpoint-0.eqx"]
     assert resumed(bc.Args(resume=str(tmp_path / "run"))).seed == 7
+
+
+def test_what_resume_may_change_it_changes_to_its_default_too(tmp_path):
+    with begin(tmp_path / "run", checkpoint_every=3.0):
+        pass
+    typed = ["--resume", str(tmp_path / "run"), "--checkpoint-every", "10"]
+    assert resumed(cli(bc.Args, typed)).checkpoint_every == bc.Args.checkpoint_every == 10
+    assert resumed(cli(bc.Args, typed[:2])).checkpoint_every == 3
 
 
 def test_a_folder_that_is_used_otherwise_is_refused_and_left_alone(tmp_path, exit_sentence):

@@ -48,11 +48,11 @@ def d4rl_task(task: Task, path: Path) -> Task:
         print("Note: D4RL's ant is not Gymnasium's, where the policy is evaluated: its scores do not compare.")
         environment = environment._replace(obs_keys=("achieved_goal", "observation"), sparse=False)
     elif environment.domain == KITCHEN:
-        goal = read_d4rl(path, environment.max_steps)[0].obs[:, 30:]  # which every observation repeats
-        if goal.shape[1:] != (30,) or not np.allclose(goal, goal[0]):
-            raise ValueError("kitchen observations are 60 wide, the last 30 the same in all")
+        obs = read_d4rl(path, environment.max_steps)[0].obs
+        if obs.ndim != 2 or obs.shape[1] != 60 or not len(obs) or not np.allclose(obs[:, 30:], obs[0, 30:]):
+            raise ValueError("kitchen observations are 60 wide, the last 30, the goal, the same in all")
         columns = (*range(9), *range(18, 39))  # positions; Gymnasium's 59 hold velocities as well
-        environment = environment._replace(obs_columns=columns, obs_constants=tuple(goal[0].tolist()))
+        environment = environment._replace(obs_columns=columns, obs_constants=tuple(obs[0, 30:].tolist()))
     elif environment.domain != ADROIT:
         raise SystemExit(f"--dataset-path reads D4RL's files of the paper's tasks; --env-id {task.env_id} is not one.")
     return task._replace(environment=environment, dataset_ids=(), file=path)

@@ -128,15 +128,20 @@ def _staged(path: Path, megabytes: float) -> Iterator[None]:
     root = get_dataset_path()
     if (free := shutil.disk_usage(root).free / 1e6) < (needed := 1.1 * megabytes):  # without it HDF5 would crash
         raise SystemExit(f"{root} has {free:.0f} MB left, and {needed:.0f} are needed; set MINARI_DATASETS_PATH.")
-    for folder in (root, next(parent for parent in path.parents if parent.exists())):
-        if not os.access(folder, os.W_OK):
-            raise SystemExit(f"Cannot write datasets to {folder}; set MINARI_DATASETS_PATH.")
-    with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as folder:
+    cannot = f"Cannot write datasets to {root} ({{}}); set MINARI_DATASETS_PATH."
+    try:
+        temporary = tempfile.TemporaryDirectory(dir=root, prefix=".making-")
+    except OSError as error:
+        raise SystemExit(cannot.format(error.strerror)) from None
+    with temporary as folder:
         with patch.dict(os.environ, MINARI_DATASETS_PATH=folder):
             yield
-        if not path.exists():  # made by another process in the meantime
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             (Path(folder) / path.relative_to(root)).rename(path)
+        except OSError as error:
+            if not path.exists():  # else another process has made it in the meantime
+                raise SystemExit(cannot.format(error.strerror)) from None
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -181,15 +186,19 @@ def read_transitions(task: Task) -> tuple[Dataset, np.ndarray]:
 
 
 def read_minari(dataset_id: str, obs_keys: tuple[str, ...] = ()) -> tuple[Dataset, np.ndarray]:
-    """The transitions of a local Minari dataset, and the index after each episode's last one."""
+    """The transitions of a local Minari dataset, and the index after each episode's last one.
+
+    Exits with a sentence if it is damaged, or if its spaces are not of a kind that can be learned from.
+    """
     with _reading(_name(dataset_id)):
         recording, columns = _open(dataset_id), [[] for _ in Dataset._fields]
-        spaces, space = observation_parts(recording.observation_space, obs_keys), recording.action_space
-        if not spaces or not all(isinstance(part, Box) and not is_image_space(part) for part in spaces):
+        obs_spaces, space = observation_parts(recording.observation_space, obs_keys), recording.action_space
+        if not obs_spaces or not all(isinstance(part, Box) and not is_image_space(part) for part in obs_spaces):
             found = printable(recording.observation_space)
             raise ValueError(f"a Box or a Dict of them, without images, is needed, not the observation space {found}")
         is_flat = isinstance(space, Box) and len(space.shape) == 1 and space.dtype.kind == "f"
-        if not is_flat or not (np.abs([space.low, space.high]).max() < LARGEST and (space.low < space.high).all()):
+        low, high = bounds_of(space) if is_flat else (np.zeros(1), np.zeros(1))
+        if not (np.abs([low, high]).max() < LARGEST and (low < high).all()):
             found = printable(space)
             raise ValueError(f"a bounded Box of floats in one dimension is needed, not the action space {found}")
         for episode in _episodes(recording):
@@ -197,7 +206,7 @@ def read_minari(dataset_id: str, obs_keys: tuple[str, ...] = ()) -> tuple[Datase
             action, reward, terminal = (numbers(episode[name], name) for name in ("actions", "rewards", "terminations"))
             steps = len(action)
             read = [part.shape for part in parts], action.shape, (reward.size,), (terminal.size,)
-            shapes = [(steps + 1, *part.shape) for part in spaces], (steps, *space.shape)
+            shapes = [(steps + 1, *part.shape) for part in obs_spaces], (steps, *space.shape)
             if read != (*shapes, (steps,), (steps,)):
                 raise ValueError(f"an episode's columns have the shapes {read}, not {(*shapes, (steps,), (steps,))}")
             # an episode of L steps has L + 1 observations, the last one real
@@ -208,6 +217,12 @@ def read_minari(dataset_id: str, obs_keys: tuple[str, ...] = ()) -> tuple[Datase
         if sum(lengths) != recording.total_steps or not lengths:
             raise ValueError(f"{sum(lengths)} transitions were read, and its metadata promise {recording.total_steps}")
         return _checked(Dataset(*map(np.concatenate, columns)), np.cumsum(lengths))
+
+
+def bounds_of(space: Box) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) in float32, in which a narrow space can be empty."""
+    with np.errstate(over="ignore"):
+        return np.float32(space.low), np.float32(space.high)
 
 
 def _episodes(recording: minari.MinariDataset) -> Iterator[dict]:
@@ -252,8 +267,8 @@ def load_dataset(task: Task, reward_rule: RewardRule, normalize_obs: bool = Fals
     """
     environment = task.environment
     dataset, ends = relabel(*read_transitions(task), environment)
-    space = _open(task.dataset_ids[-1]).action_space if task.dataset_ids else Box(-1, 1, (1,))  # of all files
-    low, high = np.float32(space.low), np.float32(space.high)
+    # files have no other bounds
+    low, high = bounds_of(_open(task.dataset_ids[-1]).action_space if task.dataset_ids else Box(-1, 1, (1,)))
     name = f"Dataset {task.data}" if task.dataset_ids else f"The file {task.file}"
     starts = np.append(0, ends[:-1])
     if task.is_played:

@@ -16,6 +16,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.wrappers.utils import RunningMeanStd
 from jaxtyping import Array, Float, Key
 
 from common.harness.records import Episodes, printable, reason_of
@@ -190,7 +191,10 @@ def check_environment(name: str, environment: Environment, starts, low, high, ac
     height = np.median(starts[:, 0])  # halfcheetah is as wide as walker2d, but starts at 0 ± 0.1, not at 1.25
     if environment.domain == LOCOMOTION and abs(height - first[0, 0]) > 0.5:
         raise SystemExit(f"{name} is not {gym_id}'s: its episodes start {height:.2f} high, not {first[0, 0]:.2f}.")
-    runs_on = env.has_wrapper_attr("obs_rms") or env.has_wrapper_attr("return_rms")
+    layers = [env]
+    while isinstance(layers[-1], gymnasium.Wrapper):
+        layers.append(layers[-1].env)
+    runs_on = any(isinstance(value, RunningMeanStd) for layer in layers for value in vars(layer).values())
     if runs_on or not (ignores_seed or _same(first, again)):
         raise SystemExit(
             f"{name} needs an environment whose episodes depend on the ones before, as with NormalizeObservation or "

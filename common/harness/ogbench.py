@@ -52,6 +52,8 @@ def read(path: Path, gym_id: str) -> tuple[Dataset, np.ndarray]:
     from ogbench.relabel_utils import relabel_dataset
 
     data, env = ogbench.load_dataset(path, add_info=True), make_gym_env(gym_id)
+    if len(data["observations"]) != len(data["next_observations"]):
+        raise ValueError("its last row has to end an episode, but its `terminals` is 0")
     relabel_dataset(gym_id, env, data)
     env.close()
     names = ("observations", "actions", "rewards", "next_observations", "masks")

@@ -9,7 +9,8 @@ reference scores of D4RL), a *task* (an environment with its datasets, the unit 
 import dataclasses
 import difflib
 import itertools
-import signal
+import os
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -193,7 +194,8 @@ def given(args) -> set[str]:
 def with_domain_defaults(args, domain: Domain):
     """`args` with every field that is None set to the domain's default; IQL's reward rule for what has an expectile.
 
-    The preset "fast" sets the fields of `FAST` (`FAST_DDPM`) that were not given, too, and raises adroit's rate.
+    The preset "fast" also sets the fields of `FAST` that were not given, on the toy both of `FAST_DDPM` if neither was,
+    and raises adroit's rate; nothing in a resumed run, which has all its settings.
     A run shorter than the domain's evaluation interval is evaluated once, at its end. Exits if the updates are no
     multiple of that interval.
     """
@@ -201,9 +203,9 @@ def with_domain_defaults(args, domain: Domain):
     if args.num_updates is not None:
         defaults["eval_every"] = min(defaults["eval_every"], max(args.num_updates, 1))
     fast = {}
-    if (args.preset or domain.preset) == "fast" and not args.resume:  # whose settings are those of its run
-        on_toy = domain == BANDIT and getattr(args, "sampler", None) == "ddpm"
-        fast = FAST | FAST_DDPM if on_toy and not FAST_DDPM.keys() & given(args) else FAST
+    if (args.preset or domain.preset) == "fast" and not args.resume:
+        is_ddpm_on_toy = domain == BANDIT and getattr(args, "sampler", None) == "ddpm"
+        fast = FAST | FAST_DDPM if is_ddpm_on_toy and not FAST_DDPM.keys() & given(args) else FAST
         defaults["learning_rate"] = max(domain.learning_rate, LOCOMOTION.learning_rate)  # adroit's: a million updates
     names = {field.name for field in dataclasses.fields(args)}
     free = {name for name in names if getattr(args, name) is None} | fast.keys() & names - given(args)
@@ -254,8 +256,11 @@ def main() -> None:
         data = " + ".join([first, *(other.rpartition("/")[2] for other in others)])
         played, (low, high) = str(environment.gym_id).rpartition(":")[2], environment.reference
         print(f"  {task.env_id:<26}{data:<42}{played:<23}{environment.max_steps:<7}{low:.0f}, {high:.0f}")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` closes it
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

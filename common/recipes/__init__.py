@@ -44,6 +44,7 @@ def make_dataset(dataset_id: str, num_steps: int | None = None, seed: int = 0) -
     record, usual_steps, *_ = RECIPES[dataset_id]
     env, episodes = record(num_steps or usual_steps, seed)
     low, high = ENVIRONMENTS[env.spec.name].reference
-    about = {"description": f"{record.func.__doc__} {record.args}", "ref_min_score": low, "ref_max_score": high}
+    described = {"algorithm_name": record.func.__name__, "description": str(record.func.__doc__).partition("\n")[0]}
+    about = described | {"ref_min_score": low, "ref_max_score": high}
     with quietly(), env:  # Minari warns of the author and the licence, which a local dataset need not have
         return minari.create_dataset_from_buffers(dataset_id, episodes, env=env, eval_env=env, **about)
