@@ -220,7 +220,7 @@ def local_dataset(task: str) -> str | None:
 # Arguments that decide no number, or only through others and the data, which are in the key themselves.
 NO_KEY = {"env_id", "dataset_id", "dataset_path", "preset", "trust", "exp_name", "run_dir", "track", "capture_video"}
 NO_KEY |= {"resume", "checkpoint_every"}
-# Files and folders of common/ that should decide no number.
+# Files and folders of common/ that should decide no number: changing them leaves a run's key as it is.
 NO_CODE = {"checkpoint", "flags", "offline", "plots", "process", "recorder", "recipes"}
 
 
@@ -326,7 +326,7 @@ def take_kept(kept: Path, jobs: dict[Path, Job], folder: Path) -> None:
     """Finished runs go from `kept` to `folder`, and out of `jobs`; not those whose policies have to act once more, nor
     those that `folder` has with checkpoints.
 
-    Exits if no runs are kept there. Prints how many it took: other code, data or versions make other runs.
+    Exits if no runs are kept there. Prints how many it took: runs of other code, data or versions are not taken.
     """
     if not (kept / "runs.json").exists():
         raise SystemExit(f"--kept {kept}: there is no runs.json in it, which report.py --condense writes.")

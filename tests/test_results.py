@@ -156,7 +156,7 @@ def test_the_findings():
         "{:.0f} points ahead in the large maze, {:.0f} ahead on hopper medium-replay, {:.0f} behind on halfcheetah": (
             *(abs(lead[place]) for place in (places[1], places[0], places[2])),
         ),
-        "than EDP + TD3+BC, by {:.1f} [{:.1f}, {:.1f}],": (-slower.value, -slower.high, -slower.low),
+        "than EDP + TD3+BC, by {:.1f} [{:.1f}, {:.1f}];": (-slower.value, -slower.high, -slower.low),
         "and {:.0f} behind on pen mixed": (behind,),
         "it ends at {}, below the data's {:.0f}; Diffusion-QL ends at {}, with two of three": (
             *(at("pointmaze-medium", "EDP + TD3+BC"), maze_data + 1e-9, at("pointmaze-medium", dql)),
@@ -216,15 +216,15 @@ def of_five_seeds() -> list[str]:
     of_dql = [found["published", column] for column in ("EDP + TD3+BC", "Diffusion-QL")]
     (slow,) = (row for row in pairs_of("published") if row["pair"].endswith("less Diffusion-QL"))
     by_themselves = [pairs.welch(*both) for both in zip(*of_dql)]
-    assert pairs.verdicts([of_dql]) == [[0, 0, -1, 0, 0, 0]], "among these six comparisons"
-    assert of_dql[0][replay].max() < of_dql[1][replay].min(), "in every pair of seeds"
+    assert pairs.verdicts([of_dql]) == [[0, 0, -1, 0, 0, 0]], "halfcheetah medium-replay alone of these six"
+    assert of_dql[0][replay].max() < of_dql[1][replay].min(), "each seed beats each"
     assert max(score("EDP + TD3+BC", maze), score("Diffusion-QL", maze)) < behaviour["pointmaze-large"], "both fail"
     artefact = json.loads((RESULTS / "tables" / "artefacts.json").read_text())["published"]
     best_of = lambda column: [runs("tables")[row["runs"][column]].scores.max() for row in artefact["rows"]]
     best = {column: best_of(column) for column in ("EDP + TD3+BC", "TD3+BC", "Diffusion-QL")}
     but_the_maze = [np.mean(np.delete(of, maze)) for of in best.values()]
     to_crr = [pairs.welch(*(found["published", column][data] for column in PAIRS[0])) for data in range(6)]
-    assert all(to_crr[data] < 0.005 for data in (halfcheetah, replay, maze)) and sorted(to_crr)[3] > 0.05, "clear"
+    assert max(to_crr[data] for data in (halfcheetah, replay, maze)) < 0.005 and sorted(to_crr)[3] > 0.05, "clear"
     (crr_row,) = (row for row in pairs_of("published") if row["pair"] == "EDP + CRR less CRR")
 
     ants = {name: of[antmaze].mean() for name, of in found.items()}
@@ -245,7 +245,7 @@ def of_five_seeds() -> list[str]:
         f"significantly ahead in {sum(in_matched)} of {6 * len(PAIRS)} comparisons and behind in none",
         *to_begin_with(score),
         "5 % for all comparisons of a kind together: {} published, {} matched, {} of the four best.".format(*planned),
-        f"CRR crosses it in {score('CRR', maze):.0f} % of its episodes, which is mostly one seed, EDP + CRR in "
+        f"CRR crosses it in {score('CRR', maze):.0f} % of its episodes, nearly all by one seed, and EDP + CRR in "
         f"{score('EDP + CRR', maze):.0f}.",
         f"on hopper medium {crr[0]}, on pen expert {crr[1]}, on both halfcheetahs "
         f"{'/'.join(cheetahs)}, in the large maze {crr[2]}.",
@@ -259,13 +259,13 @@ def of_five_seeds() -> list[str]:
         f"and by {lead('CRR', halfcheetah, 'matched'):.0f} on halfcheetah medium, which alone is significant",
         f"behind on both halfcheetahs, by {'/'.join(behind)} points each.",
         f"The gain is {lead('TD3+BC', pen):.0f} points on pen expert",
-        f"that three seeds had shown, {three:.0f} points, is {lead('TD3+BC', hopper):.0f} with these",
+        f"that three seeds had shown, {three:.0f} points, is {lead('TD3+BC', hopper):.0f} with five seeds",
         f"by {lead('TD3+BC', hopper, 'matched'):.0f} on hopper, and by {lead('TD3+BC', halfcheetah, 'matched'):.0f} on "
         f"halfcheetah, which alone is significant. It is level on halfcheetah medium-replay, and "
         f"{-lead('TD3+BC', antmaze, 'matched'):.0f} behind in antmaze.",
         f"loses {-taken[hopper]:.0f} on hopper medium to these settings, and gains {taken[antmaze]:.0f} in antmaze. On "
-        f"halfcheetah medium it loses {-taken[halfcheetah]:.1f}, more than that lead; with its own settings it is "
-        f"{-lead('TD3+BC', halfcheetah):.1f} ahead.",
+        f"halfcheetah medium TD3+BC loses {-taken[halfcheetah]:.1f}, more than EDP's lead there. With its own settings "
+        f"TD3+BC is {-lead('TD3+BC', halfcheetah):.1f} ahead.",
         f"by a choice among ten samples it scores {score('IQL', halfcheetah, 'matched'):.1f}, and by their mean the "
         f"same policies score {with_temperature[halfcheetah]:.1f}, where those with IQL's own temperature have "
         f"{score('IQL', halfcheetah):.1f}.",
@@ -276,11 +276,11 @@ def of_five_seeds() -> list[str]:
         f"to {summary(iql)['iqm'] - summary(four)['iqm']:.1f} below that of IQL.",
         f"Hopper medium gains {gain[hopper]:.0f} and halfcheetah medium-replay {gain[replay]:.1f}, of which",
         f"Halfcheetah medium loses {-gain[halfcheetah]:.1f} and antmaze all of its {score('EDP + IQL', antmaze):.1f}.",
-        f"The means are {-float(slow['mean']):.1f} apart, with room for {float(slow['mean_low']):.1f} to "
-        f"{float(slow['mean_high']):.1f}. On halfcheetah medium-replay Diffusion-QL is "
-        f"{of_dql[1][replay].mean() - of_dql[0][replay].mean():.1f} ahead in every pair of seeds "
-        f"(p = {by_themselves[replay]:.3f}: significant among these six comparisons, not among all 24). A seed of "
-        f"EDP + TD3+BC scores more in {100 * float(slow['improvement']):.0f} % of cases.",
+        f"less that of Diffusion-QL is {float(slow['mean']):.1f}, with an interval of {float(slow['mean_low']):.1f} to "
+        f"{float(slow['mean_high']):.1f}. On halfcheetah medium-replay Diffusion-QL's mean is "
+        f"{of_dql[1][replay].mean() - of_dql[0][replay].mean():.1f} higher, and each of its seeds beats each of EDP + "
+        f"TD3+BC's (p = {by_themselves[replay]:.3f}: significant among these six comparisons, not among all 24). Over "
+        f"all six datasets a seed of EDP + TD3+BC scores more in {100 * float(slow['improvement']):.0f} % of cases.",
         "is {:.0f} for EDP + TD3+BC, {:.0f} for TD3+BC, {:.0f} for Diffusion-QL; without".format(
             *map(np.mean, best.values())
         ),
@@ -293,11 +293,15 @@ def of_five_seeds() -> list[str]:
 
 
 def to_begin_with(score: Callable[[str, int], float]) -> list[str]:
-    """By kind of data."""
+    """The sentences of "Where to begin"."""
     hopper, halfcheetah, replay, pen, maze, antmaze = range(6)
     named = lambda place, *columns: [f"{score(column, place):.0f}" for column in columns]
     columns = [column for artefact, column in five_seeds()[0] if artefact == "published"]
     learn = [score(column, hopper) for column in columns if column not in ("BC", "10% BC", "EDP + IQL")]
+    best = lambda place: sorted(columns, key=lambda column: -score(column, place))
+    highest = {maze: "EDP + IQL, EDP + CRR, IQL", pen: "CRR, EDP + CRR, BC", replay: "10% BC, CRR, TD3+BC"}
+    for place, names in highest.items() | {(antmaze, "BC, 10% BC, Diffusion-QL")}:
+        assert ", ".join(best(place)[:3]) == names
     return [
         "(large maze): EDP + IQL {}, EDP + CRR {}, IQL {}.".format(*named(maze, "EDP + IQL", "EDP + CRR", "IQL")),
         "(pen expert): CRR {}, EDP + CRR {}, cloning {}.".format(*named(pen, "CRR", "EDP + CRR", "BC")),
@@ -306,7 +310,9 @@ def to_begin_with(score: Callable[[str, int], float]) -> list[str]:
         "all end between {:.0f} and {:.0f}.".format(
             *(f(score(column, halfcheetah) for column in columns) for f in (min, max))
         ),
-        "(antmaze): cloning {}, Diffusion-QL {}.".format(*named(antmaze, "BC", "Diffusion-QL")),
+        "(antmaze): cloning {}, of all episodes or of the best tenth; Diffusion-QL {}.".format(
+            *named(antmaze, "BC", "Diffusion-QL")
+        ),
     ]
 
 
@@ -371,7 +377,7 @@ def test_how_many_settings_were_tried():
         rest = [data for data, of in kept if of == algorithm and not data.startswith((*names,))]
         assert elsewhere == "1 each" and len(rest) == len({*rest}) == 3
     runs_of = [sum(of == algorithm for _, of in kept) for algorithm in ("edp_td3bc", "td3bc", "edp_iql", "iql")]
-    assert runs_of[0] // runs_of[1] == runs_of[2] // runs_of[3] == 4 and "four times as many tries" in text_of(PAGE)
+    assert runs_of[0] > 4 * runs_of[1] and runs_of[2] > 4 * runs_of[3], "more than four times as many tries"
 
 
 def test_the_results_of_the_readme():
@@ -400,21 +406,23 @@ def test_the_results_of_the_readme():
     found = five_seeds()[0]
     matched = (found["matched", name] for name in ("IQL", "EDP + IQL"))
     assert [np.sign(x.mean() - y.mean()) for x, y in zip(*matched)] == [-1, -1, -1, -1, 0, 1]
-    maze = {column: found["published", column][4].mean() for column, _ in entries.values() if column}
+    place = 4  # of the large maze
+    maze = {column: found["published", column][place].mean() for column, _ in entries.values() if column}
     without = {
-        column: np.mean([x.mean() for i, x in enumerate(found["published", column]) if i != 4]) for column in maze
+        column: np.mean([x.mean() for i, x in enumerate(found["published", column]) if i != place]) for column in maze
     }
     assert (max(without, key=without.get), min(without, key=without.get)) == ("CRR", "EDP + IQL")
     timed = json.loads((RESULTS / "short-runs" / "artefacts.json").read_text())["ten-thousand-mean"]["columns"]
     seconds = [timed[column]["seconds"] for column in (NINE["Diffusion-QL"], "EDP + TD3+BC")]
     sentences = [
         f"an update of Diffusion-QL takes {seconds[0] / seconds[1]:.1f} times as long as one of EDP + TD3+BC",
-        f"cross it in {maze['EDP + IQL']:.0f} and {maze['EDP + CRR']:.0f} % of the episodes, CRR in {maze['CRR']:.0f}.",
+        f"EDP + IQL crosses it in {maze['EDP + IQL']:.0f} % of the episodes, EDP + CRR in {maze['EDP + CRR']:.0f}, "
+        f"IQL in {maze['IQL']:.0f}, CRR in {maze['CRR']:.0f}.",
         f"CRR has the highest mean of all these ({without['CRR']:.0f}), EDP + CRR has {without['EDP + CRR']:.0f}, and "
         f"EDP + IQL the lowest ({without['EDP + IQL']:.0f}).",
         "EDP + IQL has the higher mean on four of the six datasets, and IQL in antmaze.",
     ]
-    text = text_of(readme).partition("A dash was not measured.")[2].partition("## Start")[0]
+    text = text_of(readme).partition("A dash: not measured in this way.")[2].partition("## Start")[0]
     expect(text, sentences, r"K = 5|10,000 updates|0 for a random policy and 100 for an expert")
     page = text_of(ROOT / "docs" / "questions.md")
     assert f"EDP + IQL on six datasets is {mean_of('EDP + IQL')}, and IQL's with a Gaussian {mean_of('IQL')}" in page

@@ -44,7 +44,7 @@ def setup(args):
     args = resumed(args)
     set_up_jax()
     task = resolve_task(args.env_id, args.dataset_id, args.dataset_path, args.trust)
-    args = tasks.with_domain_defaults(args, task.environment.domain)  # first: a copy does not know what was typed
+    args = tasks.with_domain_defaults(args, task.environment.domain)  # before any replace: a copy loses what was typed
     if args.dataset_path is not None:
         args = dataclasses.replace(args, dataset_path=str(Path(args.dataset_path).expanduser().absolute()))
     if not task.is_played and (args.capture_video or args.eval_episodes):
@@ -197,7 +197,7 @@ def read_minari(dataset_id: str, obs_keys: tuple[str, ...] = ()) -> tuple[Datase
             found = printable(recording.observation_space)
             raise ValueError(f"a Box or a Dict of them, without images, is needed, not the observation space {found}")
         is_flat = isinstance(space, Box) and len(space.shape) == 1 and space.dtype.kind == "f"
-        low, high = bounds_of(space) if is_flat else (np.zeros(1), np.zeros(1))
+        low, high = bounds_of(space) if is_flat else (np.zeros(1), np.zeros(1))  # refused below
         if not (np.abs([low, high]).max() < LARGEST and (low < high).all()):
             found = printable(space)
             raise ValueError(f"a bounded Box of floats in one dimension is needed, not the action space {found}")
@@ -267,7 +267,7 @@ def load_dataset(task: Task, reward_rule: RewardRule, normalize_obs: bool = Fals
     """
     environment = task.environment
     dataset, ends = relabel(*read_transitions(task), environment)
-    # files have no other bounds
+    # a file does not state its bounds: D4RL's and OGBench's are [-1, 1]
     low, high = bounds_of(_open(task.dataset_ids[-1]).action_space if task.dataset_ids else Box(-1, 1, (1,)))
     name = f"Dataset {task.data}" if task.dataset_ids else f"The file {task.file}"
     starts = np.append(0, ends[:-1])

@@ -206,7 +206,7 @@ def with_domain_defaults(args, domain: Domain):
     if (args.preset or domain.preset) == "fast" and not args.resume:
         is_ddpm_on_toy = domain == BANDIT and getattr(args, "sampler", None) == "ddpm"
         fast = FAST | FAST_DDPM if is_ddpm_on_toy and not FAST_DDPM.keys() & given(args) else FAST
-        defaults["learning_rate"] = max(domain.learning_rate, LOCOMOTION.learning_rate)  # adroit's: a million updates
+        defaults["learning_rate"] = max(domain.learning_rate, LOCOMOTION.learning_rate)  # not 3e-5
     names = {field.name for field in dataclasses.fields(args)}
     free = {name for name in names if getattr(args, name) is None} | fast.keys() & names - given(args)
     args = dataclasses.replace(args, **{name: value for name, value in (defaults | fast).items() if name in free})

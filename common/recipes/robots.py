@@ -18,7 +18,7 @@ LEAVE = 0.2  # its chance a step of ending the episode at the goal: some five st
 
 
 def walk(robot: str, snapshots: slice, num_steps: int, seed: int) -> tuple[gymnasium.Env, list[EpisodeBuffer]]:
-    """About as many steps of each of the `snapshots` of a SAC run, in the order of training, with SAC's own noise."""
+    """About equally many steps of each snapshot of a SAC run, in the order of training, with SAC's own noise."""
     env, arrays = make_gym_env(f"{robot}-v5"), load_policy(robot.lower())
     num = range(len(arrays["bias_0"]))[snapshots]
     actors = [network({key: array[i] for key, array in arrays.items()}) for i in num]
