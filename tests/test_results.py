@@ -164,6 +164,9 @@ def test_the_findings():
         "{:.0f} times as many updates a second": (gpu["edp_td3bc"]["per_second"] / gpu["dql"]["per_second"],),
         "and {:.1f} times as many as the one that was scored": (seconds[dql] / seconds["EDP + TD3+BC"],),
         "an update of EDP + CRR takes {:.1f} times as long as one of IQL.": (seconds["EDP + CRR"] / seconds["IQL"],),
+        "EDP + IQL ends at {:.0f} on hopper medium-replay and IQL at {:.0f}, one seed of each": [
+            runs("paper-settings")[name].scores[-1].mean() for name in ("edp_iql", "iql")
+        ],
         "umaze in {:.0f} % of its episodes, IQL in {:.0f}, cloning in {:.0f}.": umaze,
     }
     sentences = [sentence.format(*numbers) for sentence, numbers in said.items()]
