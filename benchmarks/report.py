@@ -119,13 +119,13 @@ def scores_of(run: Result | None, settings: dict) -> np.ndarray | None:
 
 def summary(samples: list[np.ndarray]) -> dict[str, float | None]:
     """Of scores (seeds,) of some tasks: mean and deviation over seeds of the mean over tasks; interquartile mean with
-    its 95 % interval, from a bootstrap that draws seeds anew within each task (Agarwal et al. 2021), or None of fewer
-    than five scores in all, whose range it would be."""
+    its 95 % interval, from a bootstrap that draws seeds anew within each task (Agarwal et al. 2021), or None of one
+    seed, and of fewer than five scores in all, whose range it would be."""
     of_seeds = np.mean([sample[: min(map(len, samples))] for sample in samples], axis=0)
     numbers = {"seeds": len(of_seeds), "mean": of_seeds.mean(), "deviation": None, "iqm": pairs.iqm(samples)}
     if len(of_seeds) > 1:
         numbers["deviation"] = of_seeds.std(ddof=1)
-    if len(of_seeds) * len(samples) < 5:  # of so few scores it is their range
+    if len(of_seeds) == 1 or len(of_seeds) * len(samples) < 5:
         return numbers | {"iqm_low": None, "iqm_high": None}
     iqm = pairs.estimate(lambda scores, _, axis: pairs.iqm(scores, axis), samples, [])
     return numbers | {"iqm_low": iqm.low, "iqm_high": iqm.high}

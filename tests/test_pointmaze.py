@@ -2,11 +2,14 @@
 
 import functools
 import itertools
+import shutil
+from pathlib import Path
 
 import matplotlib.image
 import minari
 import numpy as np
 import pytest
+from minari.storage.datasets_root_dir import get_dataset_path
 
 from common import recipes
 from common.harness import plots
@@ -90,6 +93,27 @@ def test_the_dataset_is_made_once_and_an_interrupted_making_leaves_nothing(datas
     assert UMAZE in capsys.readouterr().out, "people are told what takes so long"
     monkeypatch.setattr(recipes, "make_dataset", lambda *_: pytest.fail("made again"))
     assert load_dataset(resolve_task("anything", UMAZE), "none")[1].statistics["transitions"] == 100
+
+
+def test_a_dataset_that_another_process_made_meanwhile_is_used_and_one_that_cannot_be_moved_is_told(
+    datasets, monkeypatch, exit_sentence
+):
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(recipes, "make_dataset", functools.partial(recipes.make_dataset, num_steps=100))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refused)
+        assert "(Permission denied); set MINARI_DATASETS_PATH" in exit_sentence(resolve_task, "pointmaze-umaze")
+    making = recipes.make_dataset
+
+    def made_twice(dataset_id):
+        making(dataset_id)
+        shutil.copytree(get_dataset_path(dataset_id), datasets / dataset_id)
+
+    monkeypatch.setattr(recipes, "make_dataset", made_twice)
+    assert resolve_task("pointmaze-umaze").dataset_ids == (UMAZE,)
+    assert list(minari.list_local_datasets()) == [UMAZE]
 
 
 def test_an_unwritable_folder_of_datasets_exits(tmp_path, monkeypatch, exit_sentence):

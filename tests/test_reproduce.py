@@ -101,6 +101,8 @@ def test_interquartile_mean_and_interval_of_known_samples():
     assert report.summary([np.append(np.arange(7.0), 1e6)])["iqm"] == 3.5
     assert numbers["iqm_low"] < 3.5 < numbers["iqm_high"]
     assert report.summary([np.ones(1)])["deviation"] is None
+    for few in ([np.arange(3.0)], [np.ones(1)] * 9):  # three seeds of a dataset, a seed of nine
+        assert report.summary(few)["iqm_low"] is report.summary(few)["iqm_high"] is None
 
 
 def test_the_papers_number_stands_in_a_column_of_its_own_and_is_marked_where_the_data_differ(tmp_path, write_run):

@@ -117,6 +117,13 @@ def test_the_table_of_nine_datasets():
         assert last == "{iqm:.1f} [{iqm_low:.1f}, {iqm_high:.1f}]".format(**summary(of)), name
 
 
+def test_the_longest_runs_with_the_papers_settings():
+    rows = rows_of(ROOT / "docs" / "notes" / "paper-settings.md", "| | 25 | 50 |")
+    for title, name in {"EDP + IQL": "edp_iql", "IQL": "iql"}.items():
+        of = runs("paper-settings")[name].scores.mean(axis=1)
+        assert rows[title] == [f"{score:.1f}" for score in (*of, of.mean())]
+
+
 def test_the_findings():
     compared = [tuple(map(samples, pair)) for pair in PAIRS]
     difference = pairs.less(pairs.iqm)
